@@ -1,0 +1,120 @@
+"""Measurements measure what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import Case, tiny
+
+import zoo
+from zoo import ZooError
+from zoo.bench.timing import Timing, interleave
+from zoo.bench.train import COLUMNS, bench_train, table, to_csv, training_step
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Stands in for the `time` module: time passes only where a call says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def side(self, name: str, *seconds: float) -> Callable[[], None]:
+        """A call that takes each of `seconds` in turn, and the last of them from then on."""
+
+        def call() -> None:
+            self.now += seconds[min(self.calls.count(name), len(seconds) - 1)]
+            self.calls.append(name)
+
+        return call
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("zoo.bench.timing.time", clock)
+    return clock
+
+
+def test_sides_take_turns_and_warm_up_outside_the_clock(clock: Clock) -> None:
+    told: list[float] = []
+    sides = {"a": clock.side("a", 9.0, 5.0, 2.0), "b": clock.side("b", 9.0, 5.0, 1.0, 3.0, 4.0, 5.0, 6.0, 7.0)}
+    found = interleave(sides, device=CPU, budget=0, warmup=2, least=5, progress=told.append)
+    assert clock.calls[:6] == ["a"] * 3 + ["b"] * 3  # warm-up, and one call to see how long it takes
+    rounds = [clock.calls[i : i + 2] for i in range(6, 16, 2)]
+    assert len(clock.calls) == 16
+    assert all(sorted(pair) == ["a", "b"] for pair in rounds)
+    assert len({tuple(pair) for pair in rounds}) == 2  # neither side always goes first
+    assert found["a"] == Timing(2, 2, 2, 5)
+    b = found["b"]
+    assert (b.p50, b.p20, b.p80, b.samples) == pytest.approx((5, 3.8, 6.2, 5))
+    assert told[-1] == 1
+
+
+def test_short_calls_are_timed_in_bunches(clock: Clock) -> None:
+    found = interleave({"a": clock.side("a", 0.001)}, device=CPU, budget=0, warmup=1, least=2, slice_seconds=0.02)
+    assert len(clock.calls) == 1 + 1 + 2 * 20
+    assert found["a"].p50 == pytest.approx(0.001)
+
+
+def test_the_budget_ends_the_rounds(clock: Clock) -> None:
+    told: list[float] = []
+    sides = {"a": clock.side("a", 1.0), "b": clock.side("b", 2.0)}
+    found = interleave(sides, device=CPU, budget=30.0, warmup=1, progress=told.append)
+    assert clock.now <= 30
+    assert found["a"].samples == found["b"].samples == 8
+    assert told == sorted(told)
+    assert 0.9 <= told[-1] <= 1
+    assert interleave(sides, device=CPU, budget=1e9, warmup=1, most=7)["a"].samples == 7
+
+
+def test_the_step_that_is_timed_trains() -> None:
+    model = tiny(Case("transformer", ()), vocab_size=256)
+    batch = torch.randint(256, (2, 17))
+    step = training_step(model, batch)
+    before = model.loss(batch[:, :-1], batch[:, 1:]).item()
+    for _ in range(20):
+        step()
+    assert model.loss(batch[:, :-1], batch[:, 1:]).item() < before - 0.5
+
+
+def test_every_architecture_gets_a_row() -> None:
+    rows, left_out = bench_train(device=CPU, seq_len=16, batch_tokens=32, budget=0)
+    assert {row.model for row in rows} == set(zoo.list_models())
+    assert left_out == {}
+    assert [row.tokens_per_s for row in rows] == sorted((row.tokens_per_s for row in rows), reverse=True)
+    assert all(row.slow <= row.tokens_per_s <= row.fast for row in rows)
+    head, *lines = to_csv(rows).splitlines()
+    assert head == "model,impl,size,T,batch_tokens,tokens_per_s,mfu,peak_mib,first_step_s" == ",".join(COLUMNS)
+    assert len(lines) == len(rows)
+    fields = dict(zip(COLUMNS, lines[0].split(","), strict=True))
+    assert float(fields.pop("tokens_per_s")) > 0 < float(fields.pop("first_step_s"))
+    assert fields == {"model": rows[0].model, "impl": "zoo", "size": "nano", "T": "16", "batch_tokens": "32", "mfu": "",
+                      "peak_mib": ""}
+    ratios = dict(zip((row.model for row in rows), table(rows, CPU).columns[3].cells, strict=True))
+    assert ratios["transformer"] == "1.00"
+
+
+def test_what_cannot_be_built_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left out of all, an error where it was asked for."""
+    from zoo.bench import train
+
+    def create(name: str, *args: object, **kwargs: object):
+        if name != "transformer":
+            raise ZooError(f"{name} is too wide")
+        return tiny(Case(name, ()), vocab_size=256, seq_len=8)
+
+    monkeypatch.setattr(train, "create_model", create)
+    monkeypatch.setattr(train, "list_mixers", lambda: ["transformer", "wide"])
+    rows, left_out = bench_train(device=CPU, seq_len=8, batch_tokens=8, budget=0)
+    assert [row.model for row in rows] == ["transformer"]
+    assert left_out == {"wide": "wide is too wide"}
+    with pytest.raises(ZooError, match="wide is too wide"):
+        bench_train(["transformer", "wide"], device=CPU, seq_len=8, batch_tokens=8, budget=0)

@@ -1,0 +1,87 @@
+"""Sweeps: each job has a folder of its own, and one that fails harms no other."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import hydra
+import pytest
+from training_runs import ROOT, words, write_corpus
+
+import zoo
+from zoo.training.loggers import read_rows
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def test_a_sweep_with_a_job_that_fails(command: ModuleType, corpus: Path, tmp_path: Path,
+                                       monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = ["train.py", "-m", *words(corpus, None, steps=2, sample_tokens=0)]
+    base = [word for word in base if not word.startswith(("seed=", "dropout="))]
+    monkeypatch.setattr(sys, "argv", [*base, "seed=1,2", "dropout=1.5,0.0"])
+    assert command.main() == 2
+    _, err = capsys.readouterr()
+    folders = sorted(path.parent for path in tmp_path.glob("runs/sweep/*/config.json"))
+    assert sorted(json.loads((folder / "config.json").read_text())["seed"] for folder in folders) == [1, 2]
+    assert all("dropout=0.0" in folder.name for folder in folders)
+    assert not any("corpus" in folder.name for folder in folders)  # paths are in the digest alone
+    for folder in folders:
+        assert [row["step"] for row in read_rows(folder / "metrics.csv")] == ["1", "2"]
+        assert zoo.load_pretrained(folder).card["step"] == 2
+    lines = err.splitlines()
+    assert len(lines) == 3  # a line for each failed job, and the last one for the sweep
+    assert all(line.startswith("error: ") and "dropout=1.5" in line for line in lines)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
+
+    # The same sweep goes on where it stopped, with more steps.
+    base.remove("steps=2")
+    monkeypatch.setattr(sys, "argv", [*base, "seed=1,2", "dropout=0.0", "steps=4", "resume=auto"])
+    hydra.core.global_hydra.GlobalHydra.instance().clear()
+    assert command.main() == 0
+    assert sorted(path.parent for path in tmp_path.glob("runs/sweep/*/config.json")) == folders
+    for folder in folders:
+        assert [row["step"] for row in read_rows(folder / "metrics.csv")] == ["1", "2", "3", "4"]
+
+
+def test_a_sweep_over_steps(command: ModuleType, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps may change on resume and are left out of folders' names, but not where they are what is varied."""
+    monkeypatch.chdir(tmp_path)
+    hydra.core.global_hydra.GlobalHydra.instance().clear()
+    base = [word for word in words(corpus, None, sample_tokens=0) if not word.startswith("steps=")]
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", *base, "steps=1,2"])
+    assert command.main() == 0
+    done = [json.loads(path.read_text())["steps"] for path in tmp_path.glob("runs/sweep/*/config.json")]
+    assert sorted(done) == [1, 2]
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "submitit_slurm"])
+def test_launchers_can_be_chosen(launcher: str) -> None:
+    package = f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher"
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed (the extra `sweep` brings it)")
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = hydra.compose("train", ["model=transformer", f"hydra/launcher={launcher}"], return_hydra_config=True)
+    assert launcher.partition("_")[0] in composed.hydra.launcher._target_
+    assert composed.hydra.output_subdir is None
+
+
+def test_warnings_get_through_hydras_logging(command: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    """What the data layer warns of is said in every job: Hydra's own logging would silence it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "enwik8").write_text("<page> The text of a page is here. </page>\n" * 300)
+    for job in ("first", "second"):
+        hydra.core.global_hydra.GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["train.py", "data=enwik8", "data.path=enwik8", f"data.cache={job}", "steps=1",
+                                          "size.dim=32", "size.heads=2", "batch_tokens=64", "seq_len=32",
+                                          "sample_tokens=0", f"out={job}-run"])
+        assert command.main() == 0
+        assert "bytes, not 100000000" in capsys.readouterr().err, job

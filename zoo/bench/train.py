@@ -1,0 +1,132 @@
+"""Training speed of the architectures side by side: a bare loop of forward, backward, clipping and AdamW."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from zoo.bench.timing import interleave, synchronize
+from zoo.errors import ZooError
+from zoo.mixers import list_mixers
+from zoo.model import LanguageModel
+from zoo.sizing import create_model
+from zoo.training.hardware import device_name, peak_flops
+
+COLUMNS = ("model", "impl", "size", "T", "batch_tokens", "tokens_per_s", "mfu", "peak_mib", "first_step_s")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One architecture's figures; tokens/s at the median step and at its 80 % and 20 % quantiles (slow, fast)."""
+
+    model: str
+    impl: str
+    size: str
+    seq_len: int
+    batch_tokens: int
+    tokens_per_s: float
+    slow: float
+    fast: float
+    mfu: float | None
+    peak_mib: float | None
+    first_step_s: float
+
+
+def training_step(model: LanguageModel, batch: Tensor) -> Callable[[], None]:
+    """One optimiser step on tokens [B, T + 1] as a call; bf16 autocast on a GPU, float32 on a CPU, as in training."""
+    device = batch.device
+    groups = model.parameter_groups(lr=1e-3, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    inputs, targets = batch[:, :-1], batch[:, 1:]
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model.loss(inputs, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def bench_train(models: Sequence[str] | None = None, *, device: torch.device, size: str = "nano", seq_len: int = 256,
+                batch_tokens: int = 2048, budget: float = 60.0,
+                progress: Callable[[float], object] = lambda done: None) -> tuple[list[Row], dict[str, str]]:
+    """Time a training step of each model at one size, context and number of tokens, interleaved for `budget` seconds.
+
+    -> (rows in order of speed, what was left out with the reason). All architectures if `models` is None; of those, one
+    that cannot be built at this size and length is left out, while one asked for by name raises its ZooError.
+    """
+    if seq_len < 1 or batch_tokens < seq_len or batch_tokens % seq_len:
+        raise ZooError(f"batch_tokens={batch_tokens} is not allowed at seq_len={seq_len}: a multiple of it")
+    on_gpu, rows = device.type == "cuda", batch_tokens // seq_len
+    tokens = torch.randint(256, (rows, seq_len + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    steps: dict[str, Callable[[], None]] = {}
+    built: dict[str, tuple[LanguageModel, float, float | None]] = {}
+    left_out: dict[str, str] = {}
+    for name in models or list_mixers():
+        before = torch.cuda.memory_allocated(device) if on_gpu else 0
+        try:
+            model = create_model(name, size, seq_len=seq_len).to(device).train()
+        except ZooError as error:
+            if models:
+                raise
+            left_out[name] = str(error)
+            continue
+        start = time.perf_counter()
+        steps[name] = training_step(model, tokens)
+        steps[name]()
+        synchronize(device)
+        first_step, peak = time.perf_counter() - start, None
+        if on_gpu:  # of the second step: in the first, the optimiser's state did not yet stand beside the activations
+            torch.cuda.reset_peak_memory_stats(device)
+            steps[name]()
+            peak = (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        built[name] = model, first_step, peak
+    if not steps:
+        raise ZooError(f"no architecture can be built at size={size} and seq_len={seq_len}: {min(left_out.values())}")
+    best = peak_flops(torch.cuda.get_device_name(device)) if on_gpu else None
+    found = []
+    for name, timing in interleave(steps, device=device, budget=budget, warmup=3 if on_gpu else 0,
+                                   progress=progress).items():
+        model, first_step, peak = built[name]
+        flops = 3 * rows * model.flops(seq_len)  # the backward pass costs two forward passes
+        found.append(Row(name, "zoo", size, seq_len, batch_tokens, batch_tokens / timing.p50, batch_tokens / timing.p80,
+                         batch_tokens / timing.p20, flops / timing.p50 / best if best else None, peak, first_step))
+    return sorted(found, key=lambda row: -row.tokens_per_s), left_out
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """The rows as a CSV text of `COLUMNS`; a figure that could not be measured is an empty field."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows:
+        writer.writerow([row.model, row.impl, row.size, row.seq_len, row.batch_tokens, round(row.tokens_per_s),
+                         *("" if value is None else f"{value:.4g}" for value in (row.mfu, row.peak_mib)),
+                         f"{row.first_step_s:.3f}"])
+    return out.getvalue()
+
+
+def table(rows: Sequence[Row], device: torch.device) -> Table:
+    """The rows for a terminal; the ratio is to `transformer`, if it is among them."""
+    first = rows[0]
+    shown = Table(title=f"Training at size {first.size}, T={first.seq_len}, {first.batch_tokens} tokens a step, on "
+                        f"{device_name(device)}")
+    for column in ("model", "tokens/s", "slow to fast", "of transformer", "MFU", "peak MiB", "first step"):
+        shown.add_column(column, justify="left" if column == "model" else "right")
+    reference = next((row.tokens_per_s for row in rows if row.model == "transformer"), None)
+    for row in rows:
+        shown.add_row(row.model, f"{row.tokens_per_s:,.0f}", f"{row.slow:,.0f} to {row.fast:,.0f}",
+                      f"{row.tokens_per_s / reference:.2f}" if reference else "",
+                      "" if row.mfu is None else f"{row.mfu:.1%}",
+                      "" if row.peak_mib is None else f"{row.peak_mib:,.0f}", f"{row.first_step_s:.2f} s")
+    return shown

@@ -1,0 +1,173 @@
+"""The `zoo` command. It parses and prints; what it does is in the modules it calls, imported when they are needed."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from zoo.errors import ZooError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+UsageError: Any = typer.BadParameter.__base__  # click's, or that of the copy of click inside newer versions of typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+                  help="Efficient language-model architectures: list, measure, sample, save.")
+bench = typer.Typer(no_args_is_help=True, help="Measure speed.")
+app.add_typer(bench, name="bench")
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one.")]
+
+
+@app.command("list")
+def list_command() -> None:
+    """Architectures with paper, complexity and state size, and the published models."""
+    from rich.table import Table
+
+    import zoo
+    from zoo.catalogue import CONTEXTS, SIZE, facts
+
+    table = Table(title="Architectures (model=...); complexity: time to train, memory to decode; "
+                        f"state of one sequence at size {SIZE}, float32")
+    for column in ("model", "what it is", "paper", "complexity", *(f"state at T={context}" for context in CONTEXTS)):
+        table.add_column(column, overflow="fold")
+    for fact in map(facts, zoo.list_models()):
+        table.add_row(fact.name, fact.summary, fact.paper, fact.complexity, *map(_bytes, fact.state_bytes))
+    _console().print(table)
+    names = zoo.list_pretrained()
+    print("Published models: " + (", ".join(names) or "none in this copy"))
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, and what works here; the exit status is 0 if training on a CPU does."""
+    from zoo.doctor import examine
+
+    raise typer.Exit(0 if examine(print) else 1)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A published model's name, a saved model's folder or a run's folder.")],
+    prompt: Annotated[list[str], typer.Option(help="What to continue; may be given several times.")] = [""],  # noqa: B006
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens a prompt; 256 if its model can.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Choose among so many of the likeliest tokens.")] = None,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens of this joint probability.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Continue prompts, writing while the model does. Without a prompt it begins a document of its own."""
+    import zoo
+    from zoo.pretrained import find_device
+
+    loaded = zoo.load_pretrained(model, device=find_device(device))
+    unsaid = [prompt[0]]  # until the first text comes, so that a refused prompt leaves nothing on stdout
+
+    def show(row: int, piece: str) -> None:
+        if row == 0:  # rows are drawn together: the first is shown as it comes, the others in turn
+            print((unsaid.pop() if unsaid else "") + piece, end="", flush=True)
+
+    written = zoo.generate(loaded, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                           seed=seed, on_text=show)
+    print("".join(unsaid))
+    for given, text in zip(prompt[1:], written[1:], strict=True):
+        print(f"---\n{given}{text}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The folder of a training run, finished or not.")],
+    out: Annotated[Path, typer.Argument(help="The model's folder to write.")],
+    which: Annotated[str, typer.Option(help="last, or best by validation.")] = "last",
+    dtype: Annotated[str, typer.Option(help="What weights are stored as: float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Save the model of a run's checkpoint as a folder to load, share or publish."""
+    from zoo.errors import choose
+    from zoo.export import export_run
+    from zoo.pretrained import DTYPES
+
+    kind = DTYPES[choose("dtype", dtype, DTYPES)]
+    print(export_run(run, out, which=which, dtype=kind, complain=lambda line: print(line, file=sys.stderr)))
+
+
+@bench.command("train")
+def bench_train(
+    device: Device = "auto",
+    size: Annotated[str | None, typer.Option(help="nano on a CPU, small on a GPU.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="256 on a CPU, 1024 on a GPU.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens a step: 2048 on a CPU, 65536 on a GPU.")] = None,
+    models: Annotated[str, typer.Option(help="Names with commas between; all if not given.")] = "",
+    seconds: Annotated[float, typer.Option(help="How long to measure.")] = 60.0,
+    csv: Annotated[Path | None, typer.Option(help="Write the rows into this file, too.")] = None,
+) -> None:
+    """Training tokens/s of the architectures, interleaved in one process."""
+    from rich.progress import Progress
+
+    from zoo.bench import train
+    from zoo.pretrained import find_device
+
+    place = find_device(device)
+    on_cpu = place.type == "cpu"
+    console = _console()
+    with Progress(console=_console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("training", total=1.0)
+        rows, left_out = train.bench_train(
+            [name.strip() for name in models.split(",")] if models else None, device=place,
+            size=size or ("nano" if on_cpu else "small"), seq_len=seq_len or (256 if on_cpu else 1024),
+            batch_tokens=batch_tokens or (2048 if on_cpu else 65536), budget=seconds,
+            progress=lambda done: bar.update(task, completed=done))
+    console.print(train.table(rows, place))
+    for name, reason in left_out.items():
+        print(f"left out: {name}: {reason}")
+    if csv is not None:
+        _write(csv, train.to_csv(rows))
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command and exit: 2 with one line for what the user can mend, 130 for Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
+    try:
+        status = app(arguments, prog_name="zoo", standalone_mode=False)
+        sys.stdout.flush()
+    except ZooError as error:
+        status = _refuse(str(error))
+    except UsageError as error:
+        status = _refuse(error.format_message())
+    except BrokenPipeError:  # the reader has seen enough; nothing more may be flushed into its pipe at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except (KeyboardInterrupt, typer.Abort):
+        status = 130
+    sys.exit(status or 0)
+
+
+def _refuse(message: str) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise ZooError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """A terminal as wide as it is; files and pipes get lines long enough for any table."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else 160, highlight=False)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"

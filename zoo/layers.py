@@ -1,0 +1,82 @@
+"""Small layers that several mixers share: rotary positions, the token shift, the SwiGLU MLP, initialisation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.contract import SequenceMixer, State
+from zoo.errors import ZooError
+
+
+def head_dim(dim: int, heads: int) -> int:
+    """Channels per head. Raises ZooError where `heads` does not divide `dim`."""
+    if heads < 1 or dim % heads:
+        divisors = [h for h in range(1, dim + 1) if dim % h == 0]
+        raise ZooError(f"heads={heads} does not divide dim={dim}; allowed: {', '.join(map(str, divisors))}")
+    return dim // heads
+
+
+def rotary(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
+    """Rotate channel pairs (i, i + K/2) of x [B, T, H, K] by positions * base^(-2i/K) (RoPE, 2104.09864 eq. 15, 34).
+
+    positions [T] or [B, T]. The phases are float32 whatever the dtype of x: bf16 counts positions only up to 256.
+    """
+    if x.shape[-1] % 2:  # an odd channel at the end stays as it is
+        return torch.cat([rotary(x[..., :-1], positions, base), x[..., -1:]], dim=-1)
+    half, wide = x.shape[-1] // 2, torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        frequency = base ** (-torch.arange(half, device=x.device, dtype=wide) / half)
+        phase = positions.to(wide)[..., None, None] * frequency  # [T, 1, K/2] or [B, T, 1, K/2]
+        cos, sin = phase.cos(), phase.sin()
+        x_ = x.to(wide)
+        across = torch.cat([-sin, sin], dim=-1) * x_.roll(half, dims=-1)
+        return torch.addcmul(across, x_, torch.cat([cos, cos], dim=-1)).to(x.dtype)
+
+
+def enlarged(cache: Tensor, length: int) -> Tensor:
+    """A cache [B, L, ...] with room for `length` entries: itself, or a copy at least twice as long, zeros behind."""
+    if length <= cache.shape[1]:
+        return cache
+    larger = cache.new_zeros(len(cache), max(length, 2 * cache.shape[1]), *cache.shape[2:])
+    larger[:, : cache.shape[1]] = cache
+    return larger
+
+
+def token_shift(x: Tensor, previous: Tensor | None = None) -> Tensor:
+    """x [B, T, D] moved one token later; `previous` [B, D] (zeros if None) stands before the first."""
+    first = torch.zeros_like(x[:, :1]) if previous is None else previous.unsqueeze(1).to(x.dtype)
+    return torch.cat([first, x[:, :-1]], dim=1)
+
+
+def small_init_(weight: Tensor, gain: float = 1.0) -> None:
+    """N(0, 2 / 5D) times `gain`, the "small init" of Nguyen and Salazar (1910.05895), D the weight's input width."""
+    nn.init.normal_(weight, std=gain * (2 / (5 * weight.shape[1])) ** 0.5)
+
+
+class SwiGLU(SequenceMixer):
+    """y = W_2 (silu(W_1 x) * W_3 x) (2002.05202 eq. 6); the channel slot of every block whose mixer brings none."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.gate_up = nn.Linear(dim, 2 * hidden_dim, bias=False)
+        self.down = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+    def init_state(self, batch_size: int, max_len: int, *, device: torch.device | str | None = None,
+                   dtype: torch.dtype = torch.float32) -> State:
+        return {}
+
+    def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        return self(x), state
+
+    def flops(self, seq_len: int) -> int:
+        return 2 * seq_len * (self.gate_up.weight.numel() + self.down.weight.numel())
+
+    def reset_parameters(self, layer_idx: int, num_layers: int) -> None:
+        small_init_(self.gate_up.weight)
+        small_init_(self.down.weight, gain=(2 * num_layers) ** -0.5)

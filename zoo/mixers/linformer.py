@@ -1,0 +1,212 @@
+"""Linformer (2006.04768) made causal: learned projections of the past's keys and values in place of the past itself.
+
+The paper attends to K' = E K and V' = F V, with E, F [R, n] learned for a fixed length n (eq. 7). Every row of K' and
+V' holds all n tokens, so that every output sees the future: an encoder's layer, and no mask on its [n, R] scores mends
+that. Both forms here are causal, and neither is the paper's:
+
+- `block`: exact attention inside the current block of C tokens; E and F [R, C] project only blocks that are finished,
+  the same E and F for every block; all under one softmax, with rotary positions. Any length. O(T (C + R T / C)) time:
+  quadratic still, by a factor C / R less.
+- `prefix`: E and F [R, n] as in the paper, but as running sums, the bounded-memory reading (2110.02488 section 3):
+  token t sees R slots, sum_{s<=t} E_s k_s and sum_{s<=t} F_s v_s. O(T R) time, a state of constant size, lengths to n.
+
+As in the paper's section 4, E and F are each head's own (none of the paper's sharing).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.contract import SequenceMixer, State
+from zoo.errors import ZooError
+from zoo.layers import enlarged, head_dim, rotary, small_init_
+from zoo.ops.attention import block_attention, masked_attention
+from zoo.ops.linear_attention import linear_attention
+
+
+class Linformer(SequenceMixer):
+    """block: tokens in a block, C, of variant `block`. rank: projections of a block, or of the whole past, R."""
+
+    paper = "Linformer, 2006.04768; causal form ours"
+    complexity = "O(T (C + R T / C)), O(R T / C); prefix: O(T R), O(R)"
+
+    def __init__(self, dim: int, heads: int, seq_len: int, *, variant: Literal["block", "prefix"] = "block",
+                 block: int = 64, rank: int = 16):
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim(dim, heads)
+        length = block if variant == "block" else seq_len
+        if type(block) is not int or block < 1:
+            raise ZooError(f"block={block!r} is not a positive whole number")
+        if type(rank) is not int or not 1 <= rank <= length:
+            raise ZooError(f"rank={rank!r} is not a whole number from 1 to {length}, the length that it projects")
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.memory = (BlockMemory if variant == "block" else PrefixMemory)(heads, self.head_dim, rank, length)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.max_len = None if variant == "block" else seq_len
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).chunk(3, dim=2)  # [B, T, H, K] each
+        return q, k, v
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.memory(*self.project(x)).flatten(-2))
+
+    def init_state(self, batch_size: int, max_len: int, *, device: torch.device | str | None = None,
+                   dtype: torch.dtype = torch.float32) -> State:
+        return self.memory.init_state(batch_size, max_len, device, dtype)
+
+    def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        q, k, v = self.project(x)
+        y, state = self.memory.extend(q, k, v, state)
+        return self.out(y.flatten(-2)), state
+
+    def flops(self, seq_len: int) -> int:
+        return 2 * seq_len * (self.qkv.weight.numel() + self.out.weight.numel()) + self.memory.flops(seq_len)
+
+    def reset_parameters(self, layer_idx: int, num_layers: int) -> None:
+        """E and F with variance 1 / (n + R), as the authors' code draws them (Xavier with gain 1 / sqrt(2))."""
+        small_init_(self.qkv.weight)
+        small_init_(self.out.weight, gain=(2 * num_layers) ** -0.5)
+        for projection in (self.memory.E, self.memory.F):
+            nn.init.normal_(projection, std=(projection.shape[1] + projection.shape[2]) ** -0.5)
+
+
+class BlockMemory(nn.Module):
+    """softmax(q [E K_1; ..; E K_m; K]^T / sqrt(K)) [F V_1; ..; F V_m; V]: finished blocks 1..m, then the current one.
+
+    The keys are projected first and turned (RoPE) then, each summary to a position of its own, the R of a block spread
+    evenly over it; distances are relative and any length works.
+    """
+
+    def __init__(self, heads: int, head_dim: int, rank: int, block: int):
+        super().__init__()
+        self.heads, self.head_dim, self.rank, self.block = heads, head_dim, rank, block
+        self.E = nn.Parameter(torch.empty(heads, rank, block))
+        self.F = nn.Parameter(torch.empty(heads, rank, block))
+
+    def summarise(self, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """Blocks k, v [B, M, C, H, K] that begin at `starts` [M] or [B, M] -> turned E k and F v, [B, M, R, H, K]."""
+        k_summary = torch.einsum("hrc,bmchk->bmrhk", self.E.to(k.dtype), k)
+        v_summary = torch.einsum("hrc,bmchk->bmrhk", self.F.to(v.dtype), v)
+        spread = (torch.arange(self.rank, device=k.device).double() + 0.5) * (self.block / self.rank) - 0.5
+        positions = (starts.unsqueeze(-1) + spread).flatten(-2)
+        return rotary(k_summary.flatten(1, 2), positions).view_as(k_summary), v_summary
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        T, C = q.shape[1], self.block
+        positions = torch.arange(T, device=q.device)
+        finished = positions[: (T - 1) // C * C]  # the last block, even where it is full, has nobody after it
+        k_blocks, v_blocks = (x[:, : len(finished)].unflatten(1, (len(finished) // C, C)) for x in (k, v))
+        k_summary, v_summary = self.summarise(k_blocks, v_blocks, finished[::C])
+        return block_attention(rotary(q, positions), rotary(k, positions), v, k_summary, v_summary, C)
+
+    def init_state(self, batch_size: int, max_len: int, device: torch.device | str | None, dtype: torch.dtype) -> State:
+        """Keys (not turned) and values of the current block [B, C, H, K], the summaries [B, M, R, H, K]."""
+        tokens = batch_size, self.block, self.heads, self.head_dim
+        summaries = batch_size, max_len // self.block, self.rank, self.heads, self.head_dim
+        shapes = {"k": tokens, "v": tokens, "k_summary": summaries, "v_summary": summaries}
+        state = {name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
+        return state | {"position": torch.zeros(batch_size, device=device, dtype=torch.int64)}
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
+        parts = []
+        for a in range(0, q.shape[1], self.block):
+            piece = slice(a, a + self.block)
+            y, state = self.extend_piece(q[:, piece], k[:, piece], v[:, piece], state)
+            parts.append(y)
+        return torch.cat(parts, dim=1), state
+
+    def extend_piece(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
+        """At most C tokens, so that a row finishes at most one block: its window holds that block and what follows."""
+        B, t, C = q.shape[0], q.shape[1], self.block
+        dtype, device = state["k"].dtype, q.device
+        places = state["position"].tolist()
+        finishing = [row for row, place in enumerate(places) if place % C + t >= C]
+        start = state["position"] // C * C  # of each row's block
+        positions = state["position"].unsqueeze(1) + torch.arange(t, device=device)
+        window_positions = start.unsqueeze(1) + torch.arange(C + t - 1, device=device)
+        rows = torch.arange(B, device=device).unsqueeze(1)
+
+        k_window, v_window = (F.pad(state[name], (0, 0, 0, 0, 0, t - 1)) for name in ("k", "v"))
+        offsets = positions - start.unsqueeze(1)
+        k_window[rows, offsets], v_window[rows, offsets] = k.to(dtype), v.to(dtype)
+
+        room = (max(places) + t) // C  # finished blocks of the row that is furthest on
+        k_summary, v_summary = enlarged(state["k_summary"], room), enlarged(state["v_summary"], room)
+        if finishing:
+            first = start[finishing]
+            done = self.summarise(k_window[finishing, None, :C], v_window[finishing, None, :C], first.unsqueeze(1))
+            k_summary[finishing, first // C], v_summary[finishing, first // C] = (x.squeeze(1).to(dtype) for x in done)
+
+        block_of = positions.unsqueeze(-1) // C
+        earlier = torch.arange(room, device=device).repeat_interleave(self.rank) < block_of
+        same = window_positions.unsqueeze(1) // C == block_of
+        own = same & (window_positions.unsqueeze(1) <= positions.unsqueeze(-1))
+        keys = torch.cat([k_summary[:, :room].flatten(1, 2), rotary(k_window, window_positions)], dim=1)
+        values = torch.cat([v_summary[:, :room].flatten(1, 2), v_window], dim=1)
+        y = masked_attention(rotary(q, positions), keys, values, torch.cat([earlier, own], dim=-1))
+
+        if finishing:  # the next block moves to the front
+            for window in (k_window, v_window):
+                window[finishing, : t - 1] = window[finishing, C:]
+        return y, {"k": k_window[:, :C], "v": v_window[:, :C], "k_summary": k_summary, "v_summary": v_summary,
+                   "position": state["position"] + t}
+
+    def flops(self, seq_len: int) -> int:
+        """Pairs counted as the causal mask leaves them: of a token with its block's, and with each earlier summary."""
+        full, rest = divmod(seq_len, self.block)
+        pairs = (full * self.block * (self.block + 1) + rest * (rest + 1)) // 2
+        pairs += self.rank * (self.block * full * (full - 1) // 2 + rest * full)
+        summarising = (seq_len - 1) // self.block * self.block * self.rank
+        return 4 * (pairs + summarising) * self.heads * self.head_dim
+
+
+class PrefixMemory(nn.Module):
+    """R slots that run along: y_t = softmax_r(q_t . sum_{s<=t} E_rs k_s / sqrt(K)) . (sum_{s<=t} F_rs v_s).
+
+    Two causal linear attentions: the scores are q over keys k with values E_s, the output the weights over keys F_s
+    with values v. No rotary positions: E and F know the position already.
+    """
+
+    def __init__(self, heads: int, head_dim: int, rank: int, seq_len: int):
+        super().__init__()
+        self.heads, self.head_dim, self.rank = heads, head_dim, rank
+        self.E = nn.Parameter(torch.empty(heads, rank, seq_len))
+        self.F = nn.Parameter(torch.empty(heads, rank, seq_len))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        B, T = q.shape[:2]
+        E, F = (projection[:, :, :T].permute(2, 0, 1).expand(B, -1, -1, -1) for projection in (self.E, self.F))
+        return self.attend(q, k, v, E, F)[0]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, E: Tensor, F: Tensor, k_state: Tensor | None = None,
+               v_state: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [B, t, H, K], their E and F [B, t, H, R] -> y, sum k E [B, H, K, R], sum F v [B, H, R, K]."""
+        scores, k_state = linear_attention(q, k, E, k_state)
+        p = (scores * self.head_dim**-0.5).softmax(dim=-1)
+        y, v_state = linear_attention(p, F, v, v_state)
+        return y, k_state, v_state
+
+    def init_state(self, batch_size: int, max_len: int, device: torch.device | str | None, dtype: torch.dtype) -> State:
+        shapes = {"k": (self.head_dim, self.rank), "v": (self.rank, self.head_dim)}
+        wide = torch.promote_types(dtype, torch.float32)  # a sum over the whole past
+        state = {name: torch.zeros(batch_size, self.heads, *shape, device=device, dtype=wide)
+                 for name, shape in shapes.items()}
+        return state | {"position": torch.zeros(batch_size, device=device, dtype=torch.int64)}
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
+        positions = state["position"].unsqueeze(1) + torch.arange(q.shape[1], device=q.device)
+        E, F = (projection.permute(2, 0, 1)[positions] for projection in (self.E, self.F))
+        y, k_state, v_state = self.attend(q, k, v, E, F, state["k"], state["v"])
+        return y, {"k": k_state, "v": v_state, "position": state["position"] + q.shape[1]}
+
+    def flops(self, seq_len: int) -> int:
+        """Two states of K x R a head, each updated and read once a token."""
+        return 8 * seq_len * self.rank * self.heads * self.head_dim
+
+
+MIXER = Linformer

@@ -1,0 +1,73 @@
+"""Exact attention with rotary positions: the Transformer that the others are measured against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from zoo.contract import SequenceMixer, State
+from zoo.errors import ZooError
+from zoo.layers import enlarged, head_dim, rotary, small_init_
+from zoo.ops.attention import attend_cache, causal_attention
+
+
+class Attention(SequenceMixer):
+    """W_o softmax(rope(W_q x) rope(W_k x)^T / sqrt(K)) W_v x (1706.03762 eq. 1, 2104.09864), in H heads of K = D / H.
+
+    kv_heads: how many key and value heads there are, each shared by H / kv_heads query heads (2305.13245); H if None.
+    The cache shrinks by that factor, and at an equal parameter count the MLP gets what the projections save.
+    """
+
+    paper = "FlashAttention, 2205.14135; RoPE, 2104.09864"
+    complexity = "O(T^2), O(T)"
+
+    def __init__(self, dim: int, heads: int, seq_len: int, *, kv_heads: int | None = None):
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim(dim, heads)
+        self.kv_heads = heads if kv_heads is None else kv_heads
+        if self.kv_heads not in (divisors := [g for g in range(1, heads + 1) if heads % g == 0]):
+            allowed = ", ".join(map(str, divisors))
+            raise ZooError(f"kv_heads={kv_heads} does not divide heads={heads}; allowed: {allowed}")
+        self.qkv = nn.Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, D] -> q [B, T, H, K], k, v [B, T, kv_heads, K]; q and k turned to their positions [T] or [B, T]."""
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        return rotary(q, positions), rotary(k, positions), v
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x, torch.arange(x.shape[1], device=x.device))
+        return self.out(causal_attention(q, k, v).flatten(-2))
+
+    def init_state(self, batch_size: int, max_len: int, *, device: torch.device | str | None = None,
+                   dtype: torch.dtype = torch.float32) -> State:
+        shape = batch_size, max_len, self.kv_heads, self.head_dim
+        return {"k": torch.zeros(shape, device=device, dtype=dtype),
+                "v": torch.zeros(shape, device=device, dtype=dtype),
+                "position": torch.zeros(batch_size, device=device, dtype=torch.int64)}
+
+    def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        B, t, _ = x.shape
+        positions = state["position"].unsqueeze(1) + torch.arange(t, device=x.device)
+        end = int(positions.max()) + 1
+        rows = torch.arange(B, device=x.device).unsqueeze(1)
+        k_cache, v_cache = enlarged(state["k"], end), enlarged(state["v"], end)
+        q, k, v = self.project(x, positions)
+        k_cache[rows, positions] = k.to(k_cache.dtype)
+        v_cache[rows, positions] = v.to(v_cache.dtype)
+        y = attend_cache(q, k_cache[:, :end], v_cache[:, :end], positions)
+        return self.out(y.flatten(-2)), {"k": k_cache, "v": v_cache, "position": state["position"] + t}
+
+    def flops(self, seq_len: int) -> int:
+        """Counts only the T (T + 1) / 2 pairs that the causal mask leaves, 2 D each for the score and for the value."""
+        projections = 2 * seq_len * (self.qkv.weight.numel() + self.out.weight.numel())
+        return projections + 2 * seq_len * (seq_len + 1) * self.heads * self.head_dim
+
+    def reset_parameters(self, layer_idx: int, num_layers: int) -> None:
+        small_init_(self.qkv.weight)
+        small_init_(self.out.weight, gain=(2 * num_layers) ** -0.5)
+
+
+MIXER = Attention

@@ -1,0 +1,199 @@
+"""The language model that all architectures share: embedding, residual blocks of two mixers, norm, head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.contract import SequenceMixer, State
+from zoo.errors import ZooError
+from zoo.layers import SwiGLU, head_dim
+from zoo.mixers import build_mixer, check_options
+from zoo.ops.cross_entropy import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides a model's shapes and mathematics; `config.json` of a saved model is this."""
+
+    model: str
+    vocab_size: int
+    seq_len: int
+    layers: int
+    dim: int
+    heads: int
+    channel_dim: int
+    dropout: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "seq_len", "layers", "dim", "heads", "channel_dim"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ZooError(f"{name}={value!r} is not a positive whole number")
+        if not 0 <= self.dropout < 1:
+            raise ZooError(f"dropout={self.dropout} is not in [0, 1)")
+        head_dim(self.dim, self.heads)
+        check_options(self.model, self.options)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> ModelConfig:
+        """Raises ZooError for keys that are missing or unknown."""
+        known = {f.name for f in fields(cls)}
+        missing = {"model", "vocab_size", "seq_len", "layers", "dim", "heads", "channel_dim"} - config.keys()
+        if missing or config.keys() - known:
+            wrong = [f"no {k}" for k in sorted(missing)] + [f"unknown {k}" for k in sorted(config.keys() - known)]
+            raise ZooError(f"not a model configuration: {', '.join(wrong)}; allowed: {', '.join(sorted(known))}")
+        return cls(**config)
+
+
+class Block(nn.Module):
+    """x + sequence_mixer(norm(x)), then the same with the channel mixer."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.sequence_norm = nn.LayerNorm(config.dim)
+        self.sequence_mixer = build_mixer(config.model, config.dim, config.heads, config.seq_len, config.options)
+        self.channel_norm = nn.LayerNorm(config.dim)
+        self.channel_mixer = (self.sequence_mixer.channel_mixer or SwiGLU)(config.dim, config.channel_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.sequence_mixer(self.sequence_norm(x)))
+        return x + self.dropout(self.channel_mixer(self.channel_norm(x)))
+
+    def slots(self) -> tuple[tuple[str, nn.Module, SequenceMixer], ...]:
+        """Name, norm and mixer of the two slots, in the order they are applied."""
+        return (("sequence_mixer", self.sequence_norm, self.sequence_mixer),
+                ("channel_mixer", self.channel_norm, self.channel_mixer))
+
+
+class LanguageModel(nn.Module):
+    """A causal language model. `model(tokens)`: tokens [B, T] int64 -> logits [B, T, V].
+
+    The embedding is drawn tiny and normalised at once (the RWKV papers' initialisation, 2305.13048 section 3.4), the
+    head orthogonal; both, the LayerNorms and the residual wiring are the same for every architecture, so that a
+    comparison compares the mixers.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim, _weight=torch.empty(config.vocab_size, config.dim))
+        self.embedding_norm = nn.LayerNorm(config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
+            Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.dim)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if not self.head.weight.is_meta:  # shapes alone have nothing to draw, and trying imports torch._dynamo: seconds
+            self.reset_parameters()
+
+    def mixers(self) -> Iterator[tuple[str, SequenceMixer]]:
+        """Every mixer with its name: ("blocks.0.sequence_mixer", ...), ("blocks.0.channel_mixer", ...), ..."""
+        for i, block in enumerate(self.blocks):
+            for slot, _, mixer in block.slots():
+                yield f"blocks.{i}.{slot}", mixer
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew from torch's generator."""
+        nn.init.uniform_(self.embedding.weight, -1e-4, 1e-4)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        for name, mixer in self.mixers():
+            mixer.reset_parameters(int(name.split(".")[1]), self.config.layers)
+        nn.init.orthogonal_(self.head.weight, gain=0.5 * max(1.0, self.config.vocab_size / self.config.dim) ** 0.5)
+
+    @property
+    def max_len(self) -> int | None:
+        """The longest sequence the model can see, None for any."""
+        return min((mixer.max_len for _, mixer in self.mixers() if mixer.max_len is not None), default=None)
+
+    def check_length(self, length: int) -> None:
+        """Raise ZooError where `length` tokens are past the model's limit."""
+        if self.max_len is not None and length > self.max_len:
+            raise ZooError(f"{length} tokens are past the limit of this {self.config.model}: at most {self.max_len}")
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the head reads: tokens [B, T] -> [B, T, D]."""
+        self.check_length(tokens.shape[1])
+        x = self.dropout(self.embedding_norm(self.embedding(tokens)))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.hidden(tokens))
+
+    def loss(self, tokens: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """Cross-entropy in nats of targets [B, T], -100 where there is none; "mean", "sum" or "none" [B, T]."""
+        return linear_cross_entropy(self.hidden(tokens), self.head.weight, targets, reduction=reduction)
+
+    def init_state(self, batch_size: int = 1, max_len: int | None = None, *, device: torch.device | str | None = None,
+                   dtype: torch.dtype = torch.float32) -> State:
+        """The state before the first token, every entry [B, ...]: rows can be selected, stacked, cloned, restored.
+
+        `max_len`: how many tokens to make room for at once (`seq_len` if None); a state that outgrows it is enlarged.
+        """
+        device = self.head.weight.device if device is None else device
+        room = min(max_len or self.config.seq_len, self.max_len or 1 << 62)
+        state = {"position": torch.zeros(batch_size, dtype=torch.int64, device=device)}
+        for name, mixer in self.mixers():
+            part = mixer.init_state(batch_size, room, device=device, dtype=dtype)
+            state |= {f"{name}.{entry}": value for entry, value in part.items()}
+        return state
+
+    def extend(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """Read the next t >= 1 tokens [B, t] int64 -> (logits [B, t, V], new state): prefill and decode alike.
+
+        Tensors of the state passed in may be overwritten: clone it first to come back to it.
+        Raises ZooError past the model's limit.
+        """
+        if self.max_len is not None:
+            self.check_length(int(state["position"].max()) + tokens.shape[1])
+        parts: dict[str, State] = {name: {} for name, _ in self.mixers()}
+        for key, value in state.items():
+            if key != "position":
+                owner, _, entry = key.rpartition(".")
+                parts[owner][entry] = value
+        x = self.embedding_norm(self.embedding(tokens))
+        new: State = {"position": state["position"] + tokens.shape[1]}
+        for i, block in enumerate(self.blocks):
+            for slot, norm, mixer in block.slots():
+                name = f"blocks.{i}.{slot}"
+                y, part = mixer.extend(norm(x), parts[name])
+                x = x + y
+                new |= {f"{name}.{entry}": value for entry, value in part.items()}
+        return self.head(self.norm(x)), new
+
+    def set_step(self, step: int) -> None:
+        """Tell the mixers the number of the optimiser step to come (Performer redraws its features by it)."""
+        for _, mixer in self.mixers():
+            mixer.set_step(step)
+
+    def flops(self, seq_len: int) -> int:
+        """Forward FLOPs of one sequence, from each mixer's own count and the head; two to a multiply-add."""
+        return sum(mixer.flops(seq_len) for _, mixer in self.mixers()) + 2 * seq_len * self.head.weight.numel()
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """AdamW's groups: matrices decay but for the embedding and what a mixer spares; `lr` by a mixer's multiple."""
+        spared, multiple = {"embedding.weight"}, dict[str, float]()
+        for name, mixer in self.mixers():
+            spared |= {f"{name}.{own}" for own in mixer.no_weight_decay()}
+            multiple |= {f"{name}.{own}": by for own, by in mixer.lr_multipliers().items()}
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for name, parameter in self.named_parameters():
+            decay = weight_decay if parameter.ndim >= 2 and name not in spared else 0.0
+            groups.setdefault((lr * multiple.get(name, 1.0), decay), []).append(parameter)
+        return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]

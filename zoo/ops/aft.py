@@ -1,0 +1,358 @@
+"""Attention Free Transformer (2105.14103, equation 2), causal: a weighted mean of values per channel, and a gate.
+
+    y_t = sigmoid(q_t) * sum_{s<=t} exp(k_s + w_ts) v_s / sum_{s<=t} exp(k_s + w_ts)
+
+The variants differ in w alone. All are num_t / den_t, two sums of one kind kept as multiples of exp(m_t),
+m_t = max_{s<=t} k_s per channel, which no later token moves. Rows meet keys in a binary tree: at level h the second h
+rows of every 2h see all of the first h keys, so that with e = m at the last of those keys
+
+    exp(k_s - m_t) = exp(k_s - e) exp(e - m_t),    both exponents <= 0,
+
+and what remains is a small matrix product with exp(w_ts): no mask, no [T, T, D] tensor, every tile wholly in the past
+of its rows. Biases enter as exp(w_ts - r_t), r_t the row's largest, and count as no less than r_t - 60, which keeps den
+above 1e-27 wherever the largest key stands.
+
+Ops take and return the caller's dtype and compute in float32 (float64 for float64). A state is updated by a function of
+its own, so that training does not pay for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from zoo.ops.untraced import untraced
+
+EMPTY = -1e30  # the key of a token that is not there: weightless beside a real key, yet differences of it are finite
+FLOOR = -60.0  # how far below the largest of its row a bias can count
+BLOCK = 32  # tokens of a block where the window does not ask for more
+
+
+class Sums(NamedTuple):
+    """Tokens of which only sums are left: `num` of exp(k - max) v, `den` of exp(k - max)."""
+
+    max: Tensor  # [B, D]; AFT-conv: [B, H]
+    num: Tensor  # [B, D]; AFT-conv: [B, H, K]
+    den: Tensor  # as max
+
+
+class Cache(NamedTuple):
+    """Earlier tokens one by one, oldest first; the key of a slot without a token is EMPTY."""
+
+    keys: Tensor  # [B, S, D]; AFT-conv: [B, S, H]
+    values: Tensor  # [B, S, D]; AFT-conv: [B, S, H, K]
+
+
+def aft_simple(q: Tensor, k: Tensor, v: Tensor, sums: Sums | None = None) -> Tensor:
+    """w_ts = 0 (equation 5). q, k, v [B, T, D] -> y [B, T, D]. `sums`: the tokens before."""
+    return _gate(q, _from_lanes(_windowed(_lanes, 2, k, v, None, sums, None), q))
+
+
+def aft_local(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sums: Sums | None = None,
+              cache: Cache | None = None) -> Tensor:
+    """w_ts = bias[t, t - s] where t - s < W, 0 further back, where tokens are still seen (equation 4).
+
+    q, k, v [B, T, D]; bias [T, W], or [B, T, W] for rows at different positions -> y [B, T, D]. To continue, `cache`
+    holds the W - 1 tokens before and `sums` all that are older.
+    """
+    if bias.ndim == 2:
+        return _gate(q, _from_lanes(_windowed(_lanes, 2, k, v, bias.unsqueeze(0), sums, cache), q))
+    return _gate(q, _windowed(_rows, 2, k, v, bias, sums, cache).squeeze(2))
+
+
+def aft_conv(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sums: Sums | None = None,
+             cache: Cache | None = None) -> Tensor:
+    """w_ts = bias[h, t - s] where t - s < W, 0 further back; one key a head (equation 6, without its exp(w) - 1).
+
+    q, v [B, T, H, K], k [B, T, H], bias [H, W] -> y [B, T, H, K]. `sums` and `cache` as for `aft_local`.
+    """
+    bias = bias.unsqueeze(1).expand(-1, k.shape[1], -1)
+    return _gate(q, _windowed(_heads, 3, k, v, bias, sums, cache).permute(2, 1, 0, 3))
+
+
+def aft_full(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, cache: Cache | None = None) -> Tensor:
+    """w_ts = bias[t, s]. q, k, v [B, T, D]; bias [T, S + T], or [B, T, S + T] for rows at different positions
+    -> y [B, T, D]. Columns are the S tokens in `cache` (0 without one), then the new ones.
+    """
+    length, lay = k.shape[1], _lanes if bias.ndim == 2 else _rows
+    bias = _at_least_float32(bias if bias.ndim == 3 else bias.unsqueeze(0))
+    before = bias.shape[2] - length
+    future = torch.ones(bias.shape[1:], dtype=torch.bool, device=bias.device).triu(before + 1)
+    weights = _weights(bias, bias.detach().masked_fill(future, -torch.inf).amax(-1, keepdim=True))
+    past = None if cache is None else _Past(*_join(lay, 2, None, cache), weights[:, :, :before])
+    size = _round_up(length, min(BLOCK, _power_of_two(length)))
+    own = F.pad(weights[:, :, before:], (0, size - length, 0, size - length)).unsqueeze(1)
+    mean = _mean(*_tokens(lay, 2, k, v), 2, size, own, None, None, past)
+    return _gate(q, _from_lanes(mean, q) if lay is _lanes else mean.squeeze(2))
+
+
+def absorb(sums: Sums, k: Tensor, v: Tensor) -> Sums:
+    """`sums` with T more tokens: k [B, T, D], v [B, T, D]; AFT-conv: k [B, T, H], v [B, T, H, K]."""
+    k, v = _at_least_float32(k), _at_least_float32(v)
+    top = torch.maximum(sums.max, k.amax(1))
+    decay, p = (sums.max - top).exp(), (k - top.unsqueeze(1)).exp()
+    to = (..., None) if v.ndim > k.ndim else (...,)
+    return Sums(top, sums.num * decay[to] + (p[to] * v).sum(1), sums.den * decay + p.sum(1))
+
+
+def slide(sums: Sums, cache: Cache, k: Tensor, v: Tensor) -> tuple[Sums, Cache]:
+    """The state of a window after T more tokens: as many as come into the cache leave it for the sums."""
+    keys, values = torch.cat([cache.keys, k], 1), torch.cat([cache.values, v], 1)
+    length = k.shape[1]
+    return absorb(sums, keys[:, :length], values[:, :length]), Cache(keys[:, length:], values[:, length:])
+
+
+# Inside, keys are [G, T, ...] and so are `columns`, the values with a one beside them, so that one sum gives num and
+# den; keys broadcast against columns. G counts the distinct biases: what shares one lies side by side, in wide rows.
+
+Layout = Callable[[Tensor], Tensor]
+
+
+class _Past(NamedTuple):
+    """What stands before the first row: S tokens, or sums in the place of a token."""
+
+    keys: Tensor  # [G, S, ...]
+    columns: Tensor  # [G, S, ...]
+    weights: Tensor | None  # [G, T, S]; None: 1
+
+
+def _lanes(x: Tensor) -> Tensor:
+    """[B, T, D] -> [1, T, 1, B D]: one bias for the batch. Columns are stacked along axis 2."""
+    return x.transpose(0, 1).flatten(1)[None, :, None]
+
+
+def _from_lanes(x: Tensor, like: Tensor) -> Tensor:
+    batch, length, dim = like.shape
+    return x.view(length, batch, dim).transpose(0, 1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, T, D] -> [B, T, 1, D]: a bias for every row of the batch. Columns are stacked along axis 2."""
+    return x.unsqueeze(2)
+
+
+def _heads(x: Tensor) -> Tensor:
+    """[B, T, H, K] -> [H, T, B, K], [B, T, H] -> [H, T, B, 1]: a bias for every head. Columns lie along axis 3."""
+    return (x.unsqueeze(-1) if x.ndim == 3 else x).permute(2, 1, 0, 3)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _tokens(lay: Layout, axis: int, k: Tensor, v: Tensor, den: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Keys and columns of tokens, a weight of one each unless `den` says otherwise."""
+    k, v = _at_least_float32(lay(k)), _at_least_float32(lay(v))
+    return k, torch.cat([v, torch.ones_like(k) if den is None else lay(den)], axis)
+
+
+def _join(lay: Layout, axis: int, sums: Sums | None, cache: Cache | None) -> tuple[Tensor, Tensor]:
+    """Keys and columns of what came before: the sums, as if they were one token, then the cache."""
+    parts = [] if sums is None else [_tokens(lay, axis, *(x.unsqueeze(1) for x in sums))]
+    parts += [] if cache is None else [_tokens(lay, axis, *cache)]
+    keys, columns = zip(*parts, strict=True)
+    return torch.cat(keys, 1), torch.cat(columns, 1)
+
+
+def _weights(bias: Tensor, largest: Tensor) -> Tensor:
+    return (bias - largest).clamp(FLOOR, 0).exp()  # above 0 only a future token's, which no row reads
+
+
+def _band(bias: Tensor, distance: Tensor) -> Tensor:
+    """bias [G, T, W] at t - s = distance [T, S] -> [G, T, S], 0 outside the window."""
+    window = bias.shape[-1]
+    at = distance.clamp(0, window - 1).expand(bias.shape[0], -1, -1)
+    return bias.gather(2, at).masked_fill((distance < 0) | (distance >= window), 0)
+
+
+def _windowed(lay: Layout, axis: int, k: Tensor, v: Tensor, bias: Tensor | None, sums: Sums | None,
+              cache: Cache | None) -> Tensor:
+    """The mean under a bias [G, T, W] that is 0 from distance W on; None: 0 everywhere. In linear time."""
+    length = k.shape[1]
+    past = None if sums is None else _join(lay, axis, sums, cache)
+    if bias is None:
+        size = min(BLOCK, _power_of_two(length))
+        return _mean(*_tokens(lay, axis, k, v), axis, size, None, None, None, past and _Past(*past, None))
+    window = bias.shape[-1]
+    size = min(max(BLOCK, _power_of_two(window - 1)), _power_of_two(length))  # so a window ends in the block before
+    row = torch.arange(_round_up(length, size), device=k.device).unsqueeze(1)
+    column = torch.arange(-size, size, device=k.device)
+    bias = F.pad(_at_least_float32(bias), (0, 0, 0, len(row) - length))
+    largest = bias.detach().amax(-1, keepdim=True).clamp(min=0)
+    far = _weights(torch.zeros_like(largest), largest)
+    near = _weights(_band(bias, row % size - column), largest)
+    prev, own = near.unflatten(1, (-1, size)).split(size, -1)
+    before = None
+    if past is not None:
+        slots = torch.arange(1 - past[0].shape[1], 0, device=k.device)
+        cached = _weights(_band(bias, row - slots), largest)
+        before = _Past(*past, torch.cat([far, cached], -1)[:, :length])
+    far = far.unflatten(1, (-1, size))
+    return _mean(*_tokens(lay, axis, k, v), axis, size, own, prev[:, 1:], far[:, 1:], before)
+
+
+def _mean(k: Tensor, columns: Tensor, axis: int, size: int, own: Tensor | None, prev: Tensor | None,
+          far: Tensor | None, past: _Past | None) -> Tensor:
+    """num / den of all rows, for the tiles of `_CausalSums` and what came before."""
+    length = k.shape[1]
+    if length % size:
+        pad = (0, 0, 0, 0, 0, size - length % size)
+        k, columns = F.pad(k, pad, value=EMPTY), F.pad(columns, pad)
+    top = _running_max(k, size & -size)  # the largest power of two in `size`
+    with torch.autocast(k.device.type, enabled=False):
+        if past is not None:
+            end = past.keys.detach().amax(1, keepdim=True)
+            top = torch.maximum(top, end)
+        sums = _causal_sums(k, columns, top, own, prev, far, size)[:, :length]
+        if past is not None:
+            z = past.columns * (past.keys - end).exp()
+            weights = None if past.weights is None else past.weights.unsqueeze(1)
+            sums = sums + _mix(weights, z.unsqueeze(1)).squeeze(1) * (end - top[:, :length]).exp()
+    count = sums.shape[axis] - 1
+    return sums.narrow(axis, 0, count) / sums.narrow(axis, count, 1)
+
+
+def _gate(q: Tensor, mean: Tensor) -> Tensor:
+    return (_at_least_float32(q).sigmoid() * mean).to(q.dtype)
+
+
+def _cells(size: int) -> Iterator[tuple[int, int | None]]:
+    """The tree over `size` tokens: (h, None) for all pairs of a level, (h, first row) for one that may be partial."""
+    h = 1
+    while h < size:
+        if size % (2 * h) == 0:
+            yield h, None
+        else:
+            yield from ((h, start) for start in range(h, size, 2 * h))
+        h *= 2
+
+
+def _halves(x: Tensor, h: int, start: int | None) -> tuple[Tensor, Tensor]:
+    """Views of a cell's keys and rows: x [G, T, ...] -> [G, pairs, h, ...] each."""
+    if start is None:
+        x = x.unflatten(1, (-1, 2, h))
+        return x[:, :, 0], x[:, :, 1]
+    return x[:, None, start - h : start], x[:, None, start : start + h]
+
+
+def _tile(a: Tensor, h: int, start: int | None) -> Tensor:
+    """View of a cell's weights: a [G, n, C, C] -> [G, n, pairs, rows, keys]."""
+    if start is None:
+        pairs = a.shape[-1] // (2 * h)
+        a = a.unflatten(3, (pairs, 2 * h)).unflatten(2, (pairs, 2 * h)).diagonal(dim1=2, dim2=4)
+        return a[:, :, h:, :h].movedim(-1, 2)
+    return a[:, :, None, start : start + h, start - h : start]
+
+
+def _mix(a: Tensor | None, z: Tensor) -> Tensor:
+    """sum_s a_ts z_s: a [G, n, rows, keys], z [G, n, keys, ...] -> [G, n, rows, ...]; a = None is 1: [G, n, 1, ...]."""
+    if a is None:
+        return z.sum(2, keepdim=True)
+    return (a @ z.flatten(3)).unflatten(3, z.shape[3:])
+
+
+def _blocks(x: Tensor, size: int) -> Tensor:
+    return x.unflatten(1, (-1, size))
+
+
+def _running_max(k: Tensor, block: int) -> Tensor:
+    """max_{s<=t} k_s; `block` is a power of two that divides T."""
+    m = k.detach().clone(memory_format=torch.contiguous_format)
+    for h, start in _cells(block):
+        keys, rows = _halves(m, h, start)
+        torch.maximum(rows, keys[:, :, -1:], out=rows)
+    blocks = _blocks(m, block)
+    if blocks.shape[1] > 1:
+        torch.maximum(blocks[:, 1:], blocks[:, :-1, -1:].cummax(1).values, out=blocks[:, 1:])
+    return m
+
+
+def _ends(m: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every block but the last: m at its end, the decay from there to the next end, and to the next block's rows."""
+    m = _blocks(m, size)
+    end = m[:, :-1, -1:]
+    return end, (end[:, :-1, 0] - end[:, 1:, 0]).exp_(), (end - m[:, 1:]).exp_()
+
+
+class _CausalSums(torch.autograd.Function):
+    """sum_{s<=t} a_ts exp(k_s - m_t) v_s, m held constant: num / den does not depend on it.
+
+    k, m [G, T, ...] and v [G, T, ...] in n blocks of `size` = C tokens. `own` [G, n, C, C] weighs the keys of a row's
+    own block, `prev` [G, n - 1, C, C] those of the block before, `far` [G, n - 1, C, 1] all before that; None weighs 1.
+    Nothing but the inputs is kept for the backward pass, which is as short: with p_ts = a_ts exp(k_s - m_t),
+    dv_s = sum_t p_ts dsum_t, dk_s = v_s . dv_s, da_ts = exp(k_s - m_t) v_s . dsum_t.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, v: Tensor, m: Tensor, own: Tensor | None, prev: Tensor | None,
+                far: Tensor | None, size: int) -> Tensor:
+        ctx.save_for_backward(k, v, m, own, prev, far)
+        ctx.size = size
+        sums = v * (k - m).exp_()
+        if own is not None:
+            sums *= own.diagonal(dim1=2, dim2=3).flatten(1)[..., None, None]
+        for h, start in _cells(size):
+            (keys, _), (values, _), (ends, m_rows), (_, rows) = (_halves(x, h, start) for x in (k, v, m, sums))
+            end = ends[:, :, -1:]
+            tile = None if own is None else _tile(own, h, start).flatten(1, 2)
+            rows.addcmul_(_mix(tile, values * (keys - end).exp_()), (end - m_rows).exp_())
+        if k.shape[1] > size:
+            end, decay, to_rows = _ends(m, size)
+            z = _blocks(v, size)[:, :-1] * (_blocks(k, size)[:, :-1] - end).exp_()
+            total = z.sum(2)
+            carry = torch.zeros_like(total)  # all blocks before each, as a multiple of exp(its end)
+            for j in range(1, total.shape[1]):
+                torch.add(carry[:, j - 1], total[:, j - 1], out=carry[:, j]).mul_(decay[:, j - 1])
+            seen = _mix(prev, z) + _mix(far, carry.unsqueeze(2))
+            _blocks(sums, size)[:, 1:].addcmul_(seen, to_rows)
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        k, v, m, own, prev, far = ctx.saved_tensors
+        size, grad, grad_own, grad_prev = ctx.size, grad.contiguous(), None, None
+        grad_v = grad * (k - m).exp_()
+        if own is not None:
+            grad_own = torch.zeros_like(own)
+            grad_own.diagonal(dim1=2, dim2=3).copy_((grad_v * v).sum((2, 3)).view(own.shape[:3]))
+            grad_v *= own.diagonal(dim1=2, dim2=3).flatten(1)[..., None, None]
+        with torch.autocast(k.device.type, enabled=False):
+            for h, start in _cells(size):
+                (keys, _), (values, _), (ends, m_rows), (_, rows) = (_halves(x, h, start) for x in (k, v, m, grad))
+                end = ends[:, :, -1:]
+                p, rows = (keys - end).exp_(), rows * (end - m_rows).exp_()
+                tile = None if own is None else _tile(own, h, start).flatten(1, 2).mT
+                _halves(grad_v, h, start)[0].addcmul_(_mix(tile, rows), p)
+                if grad_own is not None:
+                    target = _tile(grad_own, h, start)
+                    target.copy_((rows.flatten(3) @ (values * p).flatten(3).mT).view(target.shape))
+            if k.shape[1] > size:
+                end, decay, to_rows = _ends(m, size)
+                p = (_blocks(k, size)[:, :-1] - end).exp_()
+                rows = _blocks(grad, size)[:, 1:] * to_rows
+                carry = _mix(None if far is None else far.mT, rows).squeeze(2)
+                total = torch.zeros_like(carry)
+                for j in range(carry.shape[1] - 1, 0, -1):
+                    torch.add(carry[:, j], total[:, j], out=total[:, j - 1]).mul_(decay[:, j - 1])
+                seen = _mix(None if prev is None else prev.mT, rows) + total.unsqueeze(2)
+                _blocks(grad_v, size)[:, :-1].addcmul_(seen, p)
+                if prev is not None:
+                    grad_prev = rows.flatten(3) @ (_blocks(v, size)[:, :-1] * p).flatten(3).mT
+        return (grad_v * v).sum_to_size(k.shape), grad_v, None, grad_own, grad_prev, None, None
+
+
+_causal_sums = untraced(_CausalSums.apply)

@@ -1,0 +1,34 @@
+"""Causal linear attention, in chunks: masked scores inside a chunk, a running state between chunks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 64  # tokens: inside a chunk the work per token grows with its size, the states' falls
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """y_t = q_t S_t with S_t = S_{t-1} + k_t^T v_t, that is y_t = sum_{s<=t} (q_t . k_s) v_s + q_t S_0; not normalised.
+
+    q, k [B, T, H, K], v [B, T, H, V], initial_state S_0 [B, H, K, V] (zeros if None) -> (y [B, T, H, V] in v's dtype,
+    S_T [B, H, K, V] float32). A column of ones in v adds up the weights (2006.16236 eq. 9-12).
+    float64 inputs are computed in float64.
+    """
+    dtype, T = torch.promote_types(v.dtype, torch.float32), q.shape[1]
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, values = (_chunks(x.to(dtype), min(CHUNK, T)) for x in (q, k, v))
+        added = k.mT @ values  # [B, H, N, K, V]
+        first = torch.zeros_like(added[:, :, 0]) if initial_state is None else initial_state.to(dtype)
+        states = torch.cat([first.unsqueeze(2), added], dim=2).cumsum(dim=2)  # before each chunk, and after the last
+        y = (q @ k.mT).tril() @ values + q @ states[:, :, :-1]
+        return y.flatten(2, 3)[:, :, :T].transpose(1, 2).to(v.dtype), states[:, :, -1]
+
+
+def _chunks(x: Tensor, size: int) -> Tensor:
+    """[B, T, H, K] -> [B, H, N, size, K]; zeros after the end, which add nothing to a state."""
+    x = x.transpose(1, 2)
+    if missing := -x.shape[2] % size:
+        x = F.pad(x, (0, 0, 0, missing))
+    return x.unflatten(2, (-1, size)).contiguous()
