@@ -18,8 +18,8 @@ def layer(module: str) -> int:
     """The height of a module in the table, from the ground up."""
     parts = module.split(".")
     name = parts[1] if len(parts) > 1 else ""
-    ground = {"errors": 0, "files": 0, "tokenizers": 0, "ops": 1, "contract": 2, "layers": 2, "mixers": 3, "data": 4,
-              "model": 4, "sizing": 4, "sampling": 4, "pretrained": 4, "training": 5, "cli": 7}
+    ground = {"errors": 0, "files": 0, "tokenizers": 0, "kernels": 0, "ops": 1, "contract": 2, "layers": 2, "mixers": 3,
+              "data": 4, "model": 4, "sizing": 4, "sampling": 4, "pretrained": 4, "training": 5, "cli": 7}
     return 7 if parts[0] == "train" else ground.get(name, 6)
 
 
@@ -30,7 +30,7 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            deeper = node.module in ("zoo", "zoo.data", "zoo.training", "zoo.ops", "zoo.mixers", "zoo.bench")
+            deeper = (ROOT / node.module.replace(".", "/")).is_dir()
             found |= {f"{node.module}.{alias.name}" for alias in node.names} if deeper else {node.module}
     return {name for name in found if name.split(".")[0] == "zoo"}
 
