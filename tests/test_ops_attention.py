@@ -81,6 +81,35 @@ def test_block_attention_at_other_shapes(H: int, K: int, block: int, rank: int) 
     agree(lambda *x: block_attention(*x, block), lambda *x: blockwise(*x, block), inputs)
 
 
+BORDERS = ((0, 70), (0, 5, 5, 37, 38, 70), (0, 0, 16, 32, 48, 64, 70, 70))  # documents may be empty, or whole blocks
+
+
+@pytest.mark.parametrize("borders", BORDERS)
+def test_documents_in_a_row_are_each_on_their_own(borders: tuple[int, ...]) -> None:
+    cu_seqlens, C = torch.tensor(borders, dtype=torch.int32), 16
+    t = torch.arange(70)
+    document = torch.searchsorted(cu_seqlens, t.int(), right=True) - 1
+    lengths = cu_seqlens.diff()
+    entries = (lengths + C - 1) // C
+    first = entries.cumsum(0) - entries
+    block = (t - cu_seqlens[document]) // C
+    own = (document[:, None] == document) & (t <= t[:, None])
+
+    def causal_documents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return dense(q, k, v, own)
+
+    def block_documents(q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor) -> Tensor:
+        slot = torch.arange(k_summary.shape[1]).repeat_interleave(k_summary.shape[2])
+        past = (slot >= first[document][:, None]) & (slot < (first[document] + block)[:, None])
+        visible = torch.cat([past, own & (block[:, None] == block)], dim=1)
+        return dense(q, torch.cat([k_summary.flatten(1, 2), k], 1), torch.cat([v_summary.flatten(1, 2), v], 1), visible)
+
+    inputs = [torch.randn(1, 70, 2, 16) for _ in range(3)]
+    inputs += [torch.randn(1, 70 // C + len(lengths), 3, 2, 16) for _ in range(2)]
+    agree(lambda *x: causal_attention(*x, cu_seqlens=cu_seqlens), causal_documents, inputs[:3])
+    agree(lambda *x: block_attention(*x, C, cu_seqlens=cu_seqlens), block_documents, inputs)
+
+
 @pytest.mark.parametrize("op", [causal_attention, block_attention])
 def test_views_of_a_fused_projection_and_expanded_gradients(op: Callable[..., Tensor]) -> None:
     fused = torch.randn(5, 40, 3 * 64)[1:3].unflatten(-1, (-1, 16))  # an offset into its storage, too

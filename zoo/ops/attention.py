@@ -13,20 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from zoo.ops.documents import document_slices
 from zoo.ops.untraced import untraced
 
 QUERIES = 256  # queries to a cache at a time: the mask of a long prompt is [B, 256, L] at most
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """Each token to itself and all before it. q [B, T, H, K], k, v [B, T, G, K] -> [B, T, H, K].
 
-    G divides H: query head h reads key head h // (H / G) (grouped queries, 2305.13245).
+    G divides H: query head h reads key head h // (H / G) (grouped queries, 2305.13245). With cu_seqlens [N + 1],
+    tensors are [1, T, ...] and a token sees its own document.
 
     PyTorch's kernel is the eager path. On a CPU it is FlashAttention (2205.14135) in float32, bf16 and float64: O(T)
     memory, float32 sums. The chunked algorithm of 2112.05682 in matrix products came out 1.1 (T=256) to 1.3 (T=1024)
     times slower, forward and backward on two cores.
     """
+    if cu_seqlens is not None:
+        return torch.cat([causal_attention(q[:, i], k[:, i], v[:, i]) for i in document_slices(q, cu_seqlens)], dim=1)
     grouped = k.shape[2] != q.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
@@ -58,16 +62,30 @@ def attend_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor)
     return torch.cat(parts, dim=1)
 
 
-def block_attention(q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, block: int) -> Tensor:
+def block_attention(q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, block: int,
+                    cu_seqlens: Tensor | None = None) -> Tensor:
     """Each token to its block of C = `block` up to itself, and to R summaries of every block before, in one softmax.
 
     q, k, v [B, T, H, K]; k_summary, v_summary [B, M, R, H, K], entry m seen from token (m + 1) C on, so that
     M = ceil(T / C) - 1 -> [B, T, H, K].
 
+    With cu_seqlens [N + 1], B = 1 and blocks start anew with every document. The summaries of all documents stand in a
+    row: M = T // C + N, a document of L tokens has ceil(L / C) entries, the last of which nobody sees, and the next
+    document's follow at once. Entries after the last document's are not read. (A document's first entry is the sum of
+    ceil(L / C) over those before it, and M is a bound that does not depend on where they end: no wait for the device.)
+
     PyTorch's kernel would want a mask and a copy of the summaries for each block. So this is the chunked exact
     attention of 2112.05682: one block of queries at a time against all it sees, and again in the backward pass from the
     saved log-sum-exp. O(T) memory, float32 inside (float64 stays).
     """
+    if cu_seqlens is not None:
+        documents, entry = [], 0
+        for i in document_slices(q, cu_seqlens):
+            entries = -(-(i.stop - i.start) // block)
+            past = slice(entry, entry + max(entries - 1, 0))
+            documents.append(block_attention(q[:, i], k[:, i], v[:, i], k_summary[:, past], v_summary[:, past], block))
+            entry += entries
+        return torch.cat(documents, dim=1)
     wide = torch.promote_types(q.dtype, torch.float32)
     q_, k_, v_ = (x.to(wide).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
     k_past, v_past = (x.to(wide).flatten(1, 2).transpose(1, 2).flatten(0, 1) for x in (k_summary, v_summary))
