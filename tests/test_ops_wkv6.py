@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from zoo.errors import ZooError
 from zoo.ops.wkv6 import wkv6
 
 NAMES = ("y", "state", "dr", "dk", "dv", "dlog_decay", "du", "dinitial")
@@ -222,3 +224,42 @@ def test_autocast_does_not_reach_the_backward_pass() -> None:
         under_autocast = values_and_gradients(wkv6, inputs, torch.float32)
     for name, value in values_and_gradients(wkv6, inputs, torch.float32).items():
         assert torch.equal(value, under_autocast[name]), name
+
+
+def test_documents_in_a_row_are_as_if_alone() -> None:
+    """Values, final states and all gradients; empty documents pass their state and its gradient through."""
+    borders = torch.tensor([0, 0, 5, 37, 37, 38, 70, 70])
+    inputs = draw(70, B=1)
+    inputs[5] = torch.randn(len(borders) - 1, 2, 16, 16)
+
+    def one_by_one(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+        found = []
+        for n, (a, b) in enumerate(itertools.pairwise(borders.tolist())):
+            if a == b:
+                found.append((v[:, a:b], state[n : n + 1]))
+            else:
+                found.append(by_definition(*(x[:, a:b] for x in (r, k, v, log_decay)), u, state[n : n + 1]))
+        return torch.cat([y for y, _ in found], 1), torch.cat([last for _, last in found])
+
+    got = values_and_gradients(lambda *x: wkv6(*x, cu_seqlens=borders), inputs, torch.float64)
+    exact = values_and_gradients(one_by_one, inputs, torch.float64)
+    for name in NAMES:
+        torch.testing.assert_close(got[name], exact[name], msg=name)
+    y, state = wkv6(*inputs[:5], cu_seqlens=borders.int())
+    assert torch.equal(y, wkv6(*inputs[:5], torch.zeros_like(inputs[5]), borders)[0])
+    assert state.shape == inputs[5].shape
+
+
+def test_documents_are_checked() -> None:
+    with pytest.raises(ZooError, match="allowed: \\[1, T"):
+        wkv6(*draw(8, B=2)[:5], cu_seqlens=torch.tensor([0, 8]))
+    with pytest.raises(ZooError, match="ascend from 0 to T=8"):
+        wkv6(*draw(8, B=1)[:5], cu_seqlens=torch.tensor([0, 9]))
+
+
+def test_no_tokens_pass_the_state_on() -> None:
+    inputs = draw(0)
+    y, state = wkv6(*inputs)
+    assert y.shape == (2, 0, 2, 16)
+    assert torch.equal(state, inputs[5])
+    assert state.data_ptr() != inputs[5].data_ptr()

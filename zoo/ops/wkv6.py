@@ -24,26 +24,41 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from zoo.ops.documents import document_slices
 from zoo.ops.untraced import untraced
 
 
-def wkv6(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor,
-         initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def wkv6(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, initial_state: Tensor | None = None,
+         cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """r, k, log_decay [B, T, H, K], v [B, T, H, V], u [H, K], state [B, H, K, V] -> (y [B, T, H, V], final state).
 
     log_decay must be <= 0; no state means zeros. Computes in float32 (float64 if given that), the type of the final
-    state; y has r's.
+    state; y has r's. With cu_seqlens [N + 1] (int32 or int64, on the device), N documents stand one after the other in
+    a row, B = 1, and states are [N, H, K, V], one a document; an empty document passes its state on.
     """
     dtype = torch.promote_types(r.dtype, torch.float32)
     if initial_state is None:
-        initial_state = r.new_zeros(r.shape[0], *r.shape[2:], v.shape[-1], dtype=dtype)
+        rows = r.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        initial_state = r.new_zeros(rows, *r.shape[2:], v.shape[-1], dtype=dtype)
     state = initial_state.to(dtype)
     with torch.autocast(r.device.type, enabled=False):
-        if r.shape[1] == 1:
-            r1, k1, v1, w1 = (x[:, 0].to(dtype) for x in (r, k, v, log_decay))
-            y, state = _step(r1, k1, v1, w1.exp(), u.to(dtype), state)
-        else:
-            y, state = _chunks(r, k, v, log_decay, u, state)
+        if cu_seqlens is None:
+            return _wkv6(r, k, v, log_decay, u, state)
+        documents = [_wkv6(r[:, i], k[:, i], v[:, i], log_decay[:, i], u, state[n : n + 1])
+                     for n, i in enumerate(document_slices(r, cu_seqlens))]
+    y, states = zip(*documents, strict=True)
+    return torch.cat(y, dim=1), torch.cat(states)
+
+
+def _wkv6(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """wkv6 of a batch, in the state's type."""
+    if r.shape[1] == 0:
+        return r.new_empty(*r.shape[:3], v.shape[-1]), state.clone()
+    if r.shape[1] == 1:
+        r1, k1, v1, w1 = (x[:, 0].to(state.dtype) for x in (r, k, v, log_decay))
+        y, state = _step(r1, k1, v1, w1.exp(), u.to(state.dtype), state)
+    else:
+        y, state = _chunks(r, k, v, log_decay, u, state)
     return y.to(r.dtype), state
 
 
