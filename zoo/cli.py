@@ -130,6 +130,50 @@ def bench_train(
         _write(csv, train.to_csv(rows))
 
 
+@bench.command("ops")
+def bench_ops(
+    device: Device = "auto",
+    ops: Annotated[str, typer.Option(help="Names with commas between; all if not given.")] = "",
+    peers: Annotated[bool, typer.Option(help="Compare with the libraries that are installed.")] = True,
+    lengths: Annotated[str, typer.Option(help="T, with commas; 256,512 on a CPU, 512 to 32768 on a GPU.")] = "",
+    seconds: Annotated[float, typer.Option(help="How long to measure an op; first calls are not counted.")] = 20.0,
+    tuning: Annotated[float, typer.Option(help="Seconds that a library may tune itself for a head size.")] = 300.0,
+    csv: Annotated[Path | None, typer.Option(help="Write the rows into this file, too; after each op.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time against T into this file (.svg, .png or .pdf).")] = None,
+) -> None:
+    """Times of every op, forward and backward, in the zoo's kernels, its reference and other libraries."""
+    from rich.progress import Progress
+
+    from zoo.bench import ops as measuring
+    from zoo.bench import ops_report as report
+    from zoo.pretrained import find_device
+    from zoo.training.hardware import device_name
+
+    place, names, console = find_device(device), _listed(ops), _console()
+    wanted = [_whole("lengths", part) for part in _listed(lengths)]
+    if plot is not None:
+        report.check_plot(plot)
+    if csv is not None:
+        _write(csv, report.to_csv([], place))
+    rows: list[measuring.Row] = []
+    with Progress(console=_console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("ceilings", total=1.0)
+        ceilings = measuring.measure_ceilings(place)
+        for found in measuring.bench_ops(names or None, device=place, lengths=wanted or None, peers=peers,
+                                         budget=seconds, tuning=tuning, progress=lambda op, done: bar.update(
+                                             task, description=op, completed=done)):
+            rows += found.rows
+            if csv is not None:
+                _write(csv, report.to_csv(rows, place))
+            if found.rows:
+                console.print(report.table(found, ceilings))
+            for line in report.left_out(found):
+                print(line)
+            sys.stdout.flush()
+    if plot is not None:
+        report.plot(rows, plot, f"Ops of the zoo on {device_name(place)}")
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command and exit: 2 with one line for what the user can mend, 130 for Ctrl-C."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -152,6 +196,16 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def _refuse(message: str) -> int:
     print("error:", " ".join(message.split()), file=sys.stderr)
     return 2
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")] if text else []
+
+
+def _whole(what: str, text: str) -> int:
+    if not text.isdecimal():
+        raise ZooError(f"{what}: {text!r} is not allowed: whole numbers with commas between")
+    return int(text)
 
 
 def _write(path: Path, text: str) -> None:

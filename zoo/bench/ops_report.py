@@ -1,0 +1,178 @@
+"""The rows of `zoo bench ops` as a table, a CSV and a plot."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from zoo.bench.ops import EAGER, ZOO, Ceilings, Found, Row
+from zoo.bench.ops_cases import DIRECTIONS, Case
+from zoo.errors import ZooError
+
+COLUMNS = ("op", "impl", "direction", "B", "T", "H", "K", "V", "dtype", "ms_p50", "ms_p20", "ms_p80", "peak_mib", "gpu",
+           "torch", "triton", "commit")
+FORMATS = ".svg", ".png", ".pdf"
+PANELS = 3  # in a row of the plot
+
+
+def to_csv(rows: Sequence[Row], device: torch.device) -> str:
+    """`COLUMNS`; peak_mib is empty where it cannot be measured, triton and commit where there are none."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    same = gpu, torch.__version__, _version("triton"), commit()
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows:
+        case, timing = row.case, row.timing
+        writer.writerow([case.op, row.impl, row.direction, case.B, case.T, case.H, case.K, case.V, _dtype(case),
+                         *(f"{1e3 * value:.5g}" for value in (timing.p50, timing.p20, timing.p80)),
+                         "" if row.peak_mib is None else f"{row.peak_mib:.1f}", *same])
+    return out.getvalue()
+
+
+def table(found: Found, ceilings: Ceilings) -> Table:
+    """One op for a terminal. `of zoo`: how many times as long as the zoo's kernels take, or its reference without."""
+    shown = Table(title=f"{found.op}: milliseconds; floor at {ceilings.flops / 1e12:.4g} TFLOP/s, "
+                        f"{ceilings.bytes / 1e12:.3g} TB/s")
+    for column in ("shape", "impl", "direction"):
+        shown.add_column(column)
+    for column in ("ms", "20 to 80 %", "of zoo", "peak MiB", "TFLOP/s", "TB/s", "of floor", "error"):
+        shown.add_column(column, justify="right")
+    base = {(row.case, row.direction): row.timing.p50 for impl in (EAGER, ZOO) for row in found.rows
+            if row.impl == impl}
+    last: tuple[Case, str] | None = None
+    for row in found.rows:
+        key, timing = (row.case, row.direction), row.timing
+        if last not in (None, key):
+            shown.add_section()
+        own = base.get(key)
+        shown.add_row(
+            "" if last == key else str(row.case), row.impl, row.direction, f"{1e3 * timing.p50:.4g}",
+            f"{1e3 * timing.p20:.4g} to {1e3 * timing.p80:.4g}", f"{timing.p50 / own:.2f}" if own else "",
+            "" if row.peak_mib is None else f"{row.peak_mib:,.0f}",
+            f"{row.flops / timing.p50 / 1e12:.3g}" if row.flops else "", f"{row.bytes / timing.p50 / 1e12:.3g}",
+            f"{ceilings.floor(row.flops, row.bytes) / timing.p50:.0%}", f"{row.error:.1e}" if row.error else "")
+        last = key
+    return shown
+
+
+def left_out(found: Found) -> list[str]:
+    """A line for everything that could not be measured, and why."""
+    lines = []
+    for (who, why), cases in found.left_out.items():
+        kinds: dict[tuple[int, int, int], list[str]] = {}
+        for case in cases:
+            kinds.setdefault(case.kind, []).append(str(case.T))
+        shapes = "; ".join(f"H{H} K{K} V{V} T={','.join(dict.fromkeys(T))}" for (H, K, V), T in kinds.items())
+        lines.append(f"left out: {who} ({found.op}, {shapes}): {why}")
+    return lines
+
+
+def check_plot(path: Path) -> None:
+    """Raise ZooError if no plot can be drawn, or not into this file."""
+    if path.suffix not in FORMATS:
+        raise ZooError(f"a plot in {path} is not allowed: a name that ends in {', '.join(FORMATS)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ZooError("a plot needs matplotlib, which is not installed: pip install 'zoo-lm[bench]'")
+
+
+def plot(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Forward and backward, a panel an op: ms against T for the head size with most lengths, both logarithmic. Where
+    there is only one length, its shapes stand side by side.
+    """
+    check_plot(path)
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, NullLocator
+
+    both = [row for row in rows if row.direction == DIRECTIONS[-1]]
+    ops, impls = (list(dict.fromkeys(names)) for names in ([row.case.op for row in both], [row.impl for row in both]))
+    if not ops:
+        raise ZooError("nothing was measured, so there is nothing to plot")
+    across = min(PANELS, len(ops))
+    down = -(-len(ops) // across)
+    colours = {impl: f"C{index % 10}" for index, impl in enumerate(impls)}
+    figure = Figure(figsize=(5 * across, 3.6 * down + 0.4), layout="constrained")
+    figure.suptitle(title)
+    for place, op in enumerate(ops, 1):
+        panel = figure.add_subplot(down, across, place)
+        shown = _widest([row for row in both if row.case.op == op])
+        lengths = sorted({row.case.T for row in shown})
+        along_lengths = len(lengths) > 1
+        shapes = list(dict.fromkeys(_shape(row.case) for row in shown))
+        for impl in dict.fromkeys(row.impl for row in shown):
+            mine = [row for row in shown if row.impl == impl]
+            panel.plot([row.case.T if along_lengths else shapes.index(_shape(row.case)) for row in mine],
+                       [1e3 * row.timing.p50 for row in mine], color=colours[impl], label=impl, marker="o",
+                       markersize=4 if along_lengths else 7, linewidth=2.2 if impl == ZOO else 1.2,
+                       linestyle=("--" if impl == EAGER else "-") if along_lengths else "none")
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        panel.yaxis.set_minor_formatter(NullFormatter())
+        if along_lengths:
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(lengths, [str(T) for T in lengths])
+        else:
+            panel.set_xticks(range(len(shapes)), shapes)
+            panel.margins(x=0.3)
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.tick_params(labelsize=8)
+        panel.set_title(f"{op} ({_heads(shown[0].case)})" if along_lengths else op, fontsize=10)
+        panel.set_xlabel("T" if along_lengths else "", fontsize=9)
+        panel.set_ylabel("ms, forward + backward", fontsize=9)
+        panel.grid(True, which="major", linewidth=0.4, alpha=0.6)
+        panel.legend(fontsize=8)
+    with matplotlib.rc_context({"svg.hashsalt": "zoo"}):
+        try:
+            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        except (OSError, ValueError) as error:
+            raise ZooError(f"cannot write {path}: {error}") from None
+
+
+def commit() -> str:
+    """The source tree's commit, with "+changes" where it was edited since; "" outside of git."""
+    try:
+        name, changes = (
+            subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+                           timeout=10).stdout.strip()
+            for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "-uno")))
+        return name + ("+changes" if changes else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _widest(rows: list[Row]) -> list[Row]:
+    """The rows of the heads and number of tokens with most lengths; the loss has no lengths, and keeps all."""
+    groups: dict[tuple[int, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((*row.case.kind, row.case.B * row.case.T), []).append(row)
+    best = max(groups.values(), key=lambda group: len({row.case.T for row in group}))
+    return best if len({row.case.T for row in best}) > 1 else rows
+
+
+def _shape(case: Case) -> str:
+    return f"{case.B * case.T} tokens\nK{case.K} V{case.V}"
+
+
+def _heads(case: Case) -> str:
+    return f"{case.B * case.T:,} tokens, H{case.H} K{case.K} V{case.V}, {_dtype(case)}"
+
+
+def _dtype(case: Case) -> str:
+    return str(case.dtype).removeprefix("torch.")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
