@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from zoo.errors import ZooError
 from zoo.ops.aft import EMPTY, Cache, Sums, absorb, aft_conv, aft_full, aft_local, aft_simple, slide
 
 VARIANTS = ("local", "full", "simple", "conv")
@@ -332,3 +333,44 @@ def test_absorb_is_the_sum_of_the_tokens() -> None:
         torch.testing.assert_close(sums.max, k.amax(1))
         torch.testing.assert_close(sums.num, ((k - sums.max.unsqueeze(1)).exp() * v).sum(1))
         torch.testing.assert_close(sums.den, (k - sums.max.unsqueeze(1)).exp().sum(1))
+
+
+def position_bias(variant: str, bias: Tensor, length: int) -> Tensor:
+    """The part of a table that a document of some length uses."""
+    if variant == "full":
+        return bias[:length, :length]
+    return bias[:length] if variant == "local" else bias
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("lengths", [[5, 0, 33, 1, 64], [0, 40], [70, 0], [0, 0]])
+def test_documents_in_a_row_do_not_touch(variant: str, lengths: list[int]) -> None:
+    total = sum(lengths)
+    q, k, v, bias = inputs(variant, max(total, 1), window=9, batch=1)
+    tensors = [q[:, :total], k[:, :total], v[:, :total], bias]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    ops: dict[str, Op] = {"local": aft_local, "full": aft_full, "conv": aft_conv}
+
+    def packed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        if variant == "simple":
+            return aft_simple(q, k, v, cu_seqlens=cu_seqlens)
+        return ops[variant](q, k, v, bias, cu_seqlens=cu_seqlens)
+
+    def one_by_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        parts = zip(*(x.split(lengths, 1) for x in (q, k, v)), lengths, strict=True)
+        return torch.cat([q * v if not n else define(variant, q, k, v, position_bias(variant, bias, n))
+                          for q, k, v, n in parts], 1)
+
+    weight = torch.randn_like(tensors[0])
+    expected, actual = gradients(one_by_one, tensors, weight), gradients(packed, [x.float() for x in tensors], weight)
+    for name, a, e in zip(("y", "dq", "dk", "dv", "dbias"), actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), e, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_documents_are_not_continued() -> None:
+    q, k, v, _ = (x.float() for x in inputs("simple", 8, batch=1))
+    sums = Sums(k[:, 0], v[:, 0], torch.ones_like(v[:, 0]))
+    with pytest.raises(ZooError, match="no sums and no cache"):
+        aft_simple(q, k, v, sums, cu_seqlens=torch.tensor([0, 8]))
+    with pytest.raises(ZooError, match=r"allowed: \[1, T, ...\]"):
+        aft_simple(q.expand(2, -1, -1), k, v, cu_seqlens=torch.tensor([0, 8]))

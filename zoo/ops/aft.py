@@ -13,7 +13,9 @@ of its rows. Biases enter as exp(w_ts - r_t), r_t the row's largest, and count a
 above 1e-27 wherever the largest key stands.
 
 Ops take and return the caller's dtype and compute in float32 (float64 for float64). A state is updated by a function of
-its own, so that training does not pay for one.
+its own, so that training does not pay for one. With `cu_seqlens` [N + 1] (int32 or int64, on the device, ascending from
+0 to T) N documents stand one after the other in a row, B = 1, and each begins anew: positions, and so rows and columns
+of a bias table, count from its own first token. Documents are not continued: no `sums`, no `cache`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from zoo.errors import ZooError
+from zoo.ops.documents import document_slices
 from zoo.ops.untraced import untraced
 
 EMPTY = -1e30  # the key of a token that is not there: weightless beside a real key, yet differences of it are finite
@@ -48,37 +52,56 @@ class Cache(NamedTuple):
     values: Tensor  # [B, S, D]; AFT-conv: [B, S, H, K]
 
 
-def aft_simple(q: Tensor, k: Tensor, v: Tensor, sums: Sums | None = None) -> Tensor:
+def aft_simple(q: Tensor, k: Tensor, v: Tensor, sums: Sums | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """w_ts = 0 (equation 5). q, k, v [B, T, D] -> y [B, T, D]. `sums`: the tokens before."""
+    if cu_seqlens is not None:
+        return _by_document(cu_seqlens, sums, None, q, lambda i: aft_simple(q[:, i], k[:, i], v[:, i]))
+    if not q.shape[1]:
+        return q * v
     return _gate(q, _from_lanes(_windowed(_lanes, 2, k, v, None, sums, None), q))
 
 
-def aft_local(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sums: Sums | None = None,
-              cache: Cache | None = None) -> Tensor:
+def aft_local(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sums: Sums | None = None, cache: Cache | None = None,
+              cu_seqlens: Tensor | None = None) -> Tensor:
     """w_ts = bias[t, t - s] where t - s < W, 0 further back, where tokens are still seen (equation 4).
 
     q, k, v [B, T, D]; bias [T, W], or [B, T, W] for rows at different positions -> y [B, T, D]. To continue, `cache`
     holds the W - 1 tokens before and `sums` all that are older.
     """
+    if cu_seqlens is not None:
+        return _by_document(cu_seqlens, sums, cache, q, lambda i: aft_local(
+            q[:, i], k[:, i], v[:, i], bias[..., : i.stop - i.start, :]))
+    if not q.shape[1]:
+        return q * v
     if bias.ndim == 2:
         return _gate(q, _from_lanes(_windowed(_lanes, 2, k, v, bias.unsqueeze(0), sums, cache), q))
     return _gate(q, _windowed(_rows, 2, k, v, bias, sums, cache).squeeze(2))
 
 
-def aft_conv(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sums: Sums | None = None,
-             cache: Cache | None = None) -> Tensor:
+def aft_conv(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sums: Sums | None = None, cache: Cache | None = None,
+             cu_seqlens: Tensor | None = None) -> Tensor:
     """w_ts = bias[h, t - s] where t - s < W, 0 further back; one key a head (equation 6, without its exp(w) - 1).
 
     q, v [B, T, H, K], k [B, T, H], bias [H, W] -> y [B, T, H, K]. `sums` and `cache` as for `aft_local`.
     """
+    if cu_seqlens is not None:
+        return _by_document(cu_seqlens, sums, cache, q, lambda i: aft_conv(q[:, i], k[:, i], v[:, i], bias))
+    if not q.shape[1]:
+        return q * v
     bias = bias.unsqueeze(1).expand(-1, k.shape[1], -1)
     return _gate(q, _windowed(_heads, 3, k, v, bias, sums, cache).permute(2, 1, 0, 3))
 
 
-def aft_full(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, cache: Cache | None = None) -> Tensor:
+def aft_full(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, cache: Cache | None = None,
+             cu_seqlens: Tensor | None = None) -> Tensor:
     """w_ts = bias[t, s]. q, k, v [B, T, D]; bias [T, S + T], or [B, T, S + T] for rows at different positions
     -> y [B, T, D]. Columns are the S tokens in `cache` (0 without one), then the new ones.
     """
+    if cu_seqlens is not None:
+        return _by_document(cu_seqlens, None, cache, q, lambda i: aft_full(
+            q[:, i], k[:, i], v[:, i], bias[..., : i.stop - i.start, : i.stop - i.start]))
+    if not q.shape[1]:
+        return q * v
     length, lay = k.shape[1], _lanes if bias.ndim == 2 else _rows
     bias = _at_least_float32(bias if bias.ndim == 3 else bias.unsqueeze(0))
     before = bias.shape[2] - length
@@ -105,6 +128,14 @@ def slide(sums: Sums, cache: Cache, k: Tensor, v: Tensor) -> tuple[Sums, Cache]:
     keys, values = torch.cat([cache.keys, k], 1), torch.cat([cache.values, v], 1)
     length = k.shape[1]
     return absorb(sums, keys[:, :length], values[:, :length]), Cache(keys[:, length:], values[:, length:])
+
+
+def _by_document(cu_seqlens: Tensor, sums: Sums | None, cache: Cache | None, q: Tensor,
+                 op: Callable[[slice], Tensor]) -> Tensor:
+    """op of every document's place in the row, one after the other."""
+    if sums is not None or cache is not None:
+        raise ZooError("documents packed in a row start anew; allowed with cu_seqlens: no sums and no cache")
+    return torch.cat([op(i) for i in document_slices(q, cu_seqlens)], 1)
 
 
 # Inside, keys are [G, T, ...] and so are `columns`, the values with a one beside them, so that one sum gives num and
