@@ -74,6 +74,7 @@ class Kernel:
     most: int = 256
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     sources: tuple[str, ...] = field(default=())  # files of zoo/kernels beside its own that a new self-test goes with
+    file: str = ""  # its own in zoo/kernels, if not named like the op
 
     def __post_init__(self) -> None:
         _kernels[self.op] = self
@@ -141,7 +142,8 @@ def _tested(kernel: Kernel, device: torch.device, dtype: torch.dtype, sizes: tup
 
     path = Path(triton.knobs.cache.dir) / "zoo-self-tests.json"
     folder = Path(__file__).parent.parent / "kernels"
-    code = b"".join((folder / f"{name}.py").read_bytes() for name in (kernel.op, "_common", *kernel.sources))
+    sources = kernel.file or kernel.op, "_common", *kernel.sources
+    code = b"".join((folder / f"{name}.py").read_bytes() for name in sources)
     key = " ".join([kernel.op, str(dtype), "x".join(map(str, sizes)), torch.cuda.get_device_name(device),
                     torch.__version__, triton.__version__, hashlib.sha256(code).hexdigest()[:16]])
     try:
