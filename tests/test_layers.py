@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.errors import ZooError
-from zoo.layers import SwiGLU, enlarged, head_dim, rotary, small_init_, token_shift
+from zoo.layers import SwiGLU, enlarged, head_dim, rotary, small_init_, token_positions, token_shift
 
 
 def turned(x: Tensor, positions: Tensor) -> Tensor:
@@ -65,6 +65,16 @@ def test_token_shift_puts_the_previous_token_in_front() -> None:
     whole = token_shift(x, previous)
     assert torch.equal(torch.cat([token_shift(x[:, :1], previous), token_shift(x[:, 1:], x[:, 0])], dim=1), whole)
     assert token_shift(x.bfloat16(), previous).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_positions_and_the_token_shift_begin_anew_with_every_document(dtype: torch.dtype) -> None:
+    lengths = (0, 3, 1, 0, 0, 4, 0)
+    x, cu_seqlens = torch.randn(1, 8, 5), torch.tensor([0, *lengths]).cumsum(0).to(dtype)
+    assert token_positions(x).tolist() == list(range(8))
+    assert token_positions(x, cu_seqlens).tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
+    alone = [token_shift(piece) for piece in x.split(lengths, dim=1) if piece.numel()]
+    assert torch.equal(token_shift(x, cu_seqlens=cu_seqlens), torch.cat(alone, dim=1))
 
 
 def test_a_cache_grows_by_doubling_and_keeps_what_it_holds() -> None:

@@ -138,6 +138,15 @@ def test_bf16_state_under_autocast(variant: str) -> None:
     assert (torch.cat(parts, dim=1) - mix(x)).abs().max() < 0.05 * mix(x).abs().max()
 
 
+@pytest.mark.parametrize("lengths", [(8, 16), (27,), (0, 9, 0, 0, 7, 1, 24, 0), (1, 1, 1), (40, 0)], ids=str)
+def test_documents_have_blocks_of_their_own(lengths: tuple[int, ...]) -> None:
+    """In float64, and by the definition; documents' borders on, before and after those of blocks."""
+    mix, x = mixer().double(), torch.randn(1, sum(lengths), DIM, dtype=torch.float64)
+    y = mix(x, torch.tensor([0, *lengths]).cumsum(0))
+    alone = [block_definition(mix, piece) for piece in x.split(lengths, dim=1) if piece.numel()]
+    torch.testing.assert_close(y, torch.cat(alone, dim=1), rtol=1e-9, atol=1e-9)
+
+
 def test_memory_of_the_past() -> None:
     """Blocks: R entries in C tokens; prefix: the same size whatever the length."""
     block, prefix = mixer("block").init_state(1, 4000), mixer("prefix", seq_len=4000).init_state(1, 4000)

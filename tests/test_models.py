@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -154,6 +154,75 @@ def test_rows_at_different_positions(case: Case) -> None:
             for i, n in lengths:
                 alone = model(torch.cat([tokens[i : i + 1, :n], tokens[i : i + 1, 100:104]], dim=1))[:, -4:]
                 torch.testing.assert_close(logits[i : i + 1], alone, rtol=1e-3, atol=1e-4)
+
+
+PACKED = (70, 0, 1, 129, 17, 64, 0)  # tokens of documents, some empty; more together than a model with a limit can see
+
+
+def borders(lengths: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
+    """cu_seqlens of documents."""
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype)
+
+
+@CASES
+def test_documents_in_a_row_are_as_if_alone(case: Case) -> None:
+    """Logits, and the gradients of all parameters, in float64."""
+    model, tokens, weights = tiny(case, scramble=True).double(), tokens_of(1, sum(PACKED)), torch.randn(sum(PACKED), 64)
+    found = []
+    for read in (lambda: model(tokens, borders(PACKED)), lambda: model(tokens, borders(PACKED, torch.int64)),
+                 lambda: torch.cat([model(piece) for piece in tokens.split(PACKED, dim=1) if piece.numel()], dim=1)):
+        model.zero_grad()
+        logits = read()
+        (logits[0] * weights).sum().backward()
+        found.append([logits.detach(), *(p.grad for p in model.parameters())])
+    names = ["logits", *(name for name, _ in model.named_parameters())]
+    for packed in found[:2]:
+        for name, here, alone in zip(names, packed, found[2], strict=True):
+            torch.testing.assert_close(here, alone, rtol=1e-8, atol=1e-10, msg=name)
+
+
+@CASES
+@pytest.mark.parametrize("scale", [1.0, 100.0, math.nan])
+def test_documents_do_not_touch(case: Case, scale: float) -> None:
+    """Whatever stands in a document, no other's outputs move, nor do its gradients reach there; in both slots."""
+    for _, _, mixer in tiny(case, layers=1, scramble=True).blocks[0].slots():
+        x, cu_seqlens = torch.randn(1, sum(PACKED), 32), borders(PACKED)
+        y = mixer(x, cu_seqlens)
+        for n in (0, 2, 3, 5):
+            own = slice(sum(PACKED[:n]), sum(PACKED[: n + 1]))
+            other = x.clone()
+            other[:, own] = scale * torch.randn(1, PACKED[n], 32)
+            others = torch.ones(sum(PACKED), dtype=torch.bool)
+            others[own] = False
+            assert torch.equal(mixer(other, cu_seqlens)[:, others], y[:, others]), f"document {n}"
+            leaf = x.clone().requires_grad_()
+            mixer(leaf, cu_seqlens)[:, own].square().sum().backward()
+            assert not leaf.grad[:, others].any(), f"document {n}"
+            assert leaf.grad[:, own].any()
+
+
+@CASES
+def test_one_document_is_a_sequence(case: Case) -> None:
+    model, tokens = tiny(case, scramble=True), tokens_of(1, 130)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, borders([130])), model(tokens))
+        torch.testing.assert_close(model(tokens, borders([0, 130, 0])), model(tokens))
+        loss = model.loss(tokens, tokens, reduction="none", cu_seqlens=borders([130]))
+        torch.testing.assert_close(loss, model.loss(tokens, tokens, reduction="none"))
+
+
+@CASES
+def test_wrong_documents_are_refused(case: Case) -> None:
+    model, tokens = tiny(case, seq_len=48), tokens_of(1, 60)
+    for wrong, said in ((borders([60]).float(), "int32 or int64"), (borders([60]).view(1, 2), r"\[N \+ 1\]"),
+                        (borders([60])[:1], r"\[N \+ 1\]")):
+        with pytest.raises(zoo.ZooError, match=said):
+            model(tokens, wrong)
+    with pytest.raises(zoo.ZooError, match="one row"):
+        model(tokens.expand(2, -1), borders([60]))
+    if model.max_len is not None:
+        with pytest.raises(zoo.ZooError, match=r"49 tokens are past .* at most 48"):
+            model(tokens, borders([11, 49]))
 
 
 @CASES

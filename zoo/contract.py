@@ -36,8 +36,12 @@ class SequenceMixer(nn.Module, ABC):
     """Time to train on T tokens and memory to decode, for the tables: "O(T^2), O(T)"."""
 
     @abstractmethod
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix a whole sequence from its beginning, x [B, T, D] -> [B, T, D]."""
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Mix whole sequences from their beginning, x [B, T, D] -> [B, T, D].
+
+        With cu_seqlens [N + 1] (int32 or int64, on x's device, ascending from 0 to T; documents may be empty) x is one
+        row [1, T, D] of N documents, one after the other, and each is mixed as if it were alone, forward and backward.
+        """
 
     @abstractmethod
     def init_state(self, batch_size: int, max_len: int, *, device: torch.device | str | None = None,

@@ -35,6 +35,18 @@ def rotary(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
         return torch.addcmul(across, x_, torch.cat([cos, cos], dim=-1)).to(x.dtype)
 
 
+def token_positions(x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """How many tokens of its sequence, or of its document, stand before each of x [B, T, ...]: [T] int64.
+
+    Computed on x's device, with no wait for it.
+    """
+    place = torch.arange(x.shape[1], device=x.device)
+    if cu_seqlens is None:
+        return place
+    borders = cu_seqlens.to(place.dtype)
+    return place - borders[torch.searchsorted(borders, place, right=True) - 1]
+
+
 def enlarged(cache: Tensor, length: int) -> Tensor:
     """A cache [B, L, ...] with room for `length` entries: itself, or a copy at least twice as long, zeros behind."""
     if length <= cache.shape[1]:
@@ -44,10 +56,16 @@ def enlarged(cache: Tensor, length: int) -> Tensor:
     return larger
 
 
-def token_shift(x: Tensor, previous: Tensor | None = None) -> Tensor:
-    """x [B, T, D] moved one token later; `previous` [B, D] (zeros if None) stands before the first."""
+def token_shift(x: Tensor, previous: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """x [B, T, D] moved one token later; `previous` [B, D] (zeros if None) stands before the first.
+
+    With cu_seqlens [N + 1] (see `SequenceMixer.forward`) zeros stand before the first token of every document.
+    """
     first = torch.zeros_like(x[:, :1]) if previous is None else previous.unsqueeze(1).to(x.dtype)
-    return torch.cat([first, x[:, :-1]], dim=1)
+    shifted = torch.cat([first, x[:, :-1]], dim=1)
+    if cu_seqlens is None:
+        return shifted
+    return shifted.masked_fill((token_positions(x, cu_seqlens) == 0).unsqueeze(-1), 0)
 
 
 def small_init_(weight: Tensor, gain: float = 1.0) -> None:
@@ -63,7 +81,7 @@ class SwiGLU(SequenceMixer):
         self.gate_up = nn.Linear(dim, 2 * hidden_dim, bias=False)
         self.down = nn.Linear(hidden_dim, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 

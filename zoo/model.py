@@ -14,6 +14,7 @@ from zoo.errors import ZooError
 from zoo.layers import SwiGLU, head_dim
 from zoo.mixers import build_mixer, check_options
 from zoo.ops.cross_entropy import linear_cross_entropy
+from zoo.ops.documents import check_documents
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ class Block(nn.Module):
         self.channel_mixer = (self.sequence_mixer.channel_mixer or SwiGLU)(config.dim, config.channel_dim)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.sequence_mixer(self.sequence_norm(x)))
-        return x + self.dropout(self.channel_mixer(self.channel_norm(x)))
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        x = x + self.dropout(self.sequence_mixer(self.sequence_norm(x), cu_seqlens))
+        return x + self.dropout(self.channel_mixer(self.channel_norm(x), cu_seqlens))
 
     def slots(self) -> tuple[tuple[str, nn.Module, SequenceMixer], ...]:
         """Name, norm and mixer of the two slots, in the order they are applied."""
@@ -77,6 +78,10 @@ class Block(nn.Module):
 
 class LanguageModel(nn.Module):
     """A causal language model. `model(tokens)`: tokens [B, T] int64 -> logits [B, T, V].
+
+    `model(tokens, cu_seqlens)`: N documents one after the other in a row, tokens [1, T]; cu_seqlens [N + 1] (int32 or
+    int64, on the same device) says where they begin and end, ascending from 0 to T. Each is read as if it were alone,
+    positions anew from 0, forward and backward. Documents may be empty.
 
     The embedding is drawn tiny and normalised at once (the RWKV papers' initialisation, 2305.13048 section 3.4), the
     head orthogonal; both, the LayerNorms and the residual wiring are the same for every architecture, so that a
@@ -122,20 +127,40 @@ class LanguageModel(nn.Module):
         if self.max_len is not None and length > self.max_len:
             raise ZooError(f"{length} tokens are past the limit of this {self.config.model}: at most {self.max_len}")
 
-    def hidden(self, tokens: Tensor) -> Tensor:
+    def check_documents(self, tokens: Tensor, cu_seqlens: Tensor) -> None:
+        """Raise ZooError where packed documents are not as `forward` wants them.
+
+        That a document is past the model's limit can be seen at once on a CPU. Elsewhere, where T itself is past it,
+        the device looks, and stops the process with an assertion: nobody waits for it.
+        """
+        check_documents(tokens, cu_seqlens)
+        if self.max_len is None or tokens.shape[1] <= self.max_len:
+            return
+        longest = cu_seqlens.diff().max()
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+            self.check_length(int(longest))
+        else:
+            torch._assert_async(longest <= self.max_len, f"a document of more than {self.max_len} tokens")
+
+    def hidden(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """What the head reads: tokens [B, T] -> [B, T, D]."""
-        self.check_length(tokens.shape[1])
+        if cu_seqlens is None:
+            self.check_length(tokens.shape[1])
+        else:
+            self.check_documents(tokens, cu_seqlens)
         x = self.dropout(self.embedding_norm(self.embedding(tokens)))
         for block in self.blocks:
-            x = block(x)
+            x = block(x, cu_seqlens)
         return self.norm(x)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.hidden(tokens))
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        return self.head(self.hidden(tokens, cu_seqlens))
 
-    def loss(self, tokens: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    def loss(self, tokens: Tensor, targets: Tensor, reduction: str = "mean",
+             cu_seqlens: Tensor | None = None) -> Tensor:
         """Cross-entropy in nats of targets [B, T], -100 where there is none; "mean", "sum" or "none" [B, T]."""
-        return linear_cross_entropy(self.hidden(tokens), self.head.weight, targets, reduction=reduction)
+        hidden = self.hidden(tokens, cu_seqlens)
+        return linear_cross_entropy(hidden, self.head.weight, targets, reduction=reduction)
 
     def init_state(self, batch_size: int = 1, max_len: int | None = None, *, device: torch.device | str | None = None,
                    dtype: torch.dtype = torch.float32) -> State:

@@ -53,7 +53,7 @@ class Variant(nn.Module, ABC):
         self.dim, self.key_dim = dim, key_dim
 
     @abstractmethod
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor: ...
 
     @abstractmethod
     def init_state(self, batch_size: int, max_len: int, device: Device, dtype: torch.dtype) -> State: ...
@@ -76,8 +76,8 @@ class Simple(Variant):
     def __init__(self, dim: int):
         super().__init__(dim, dim)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return aft_simple(q, k, v)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        return aft_simple(q, k, v, cu_seqlens=cu_seqlens)
 
     def init_state(self, batch_size: int, max_len: int, device: Device, dtype: torch.dtype) -> State:
         return _empty_sums((batch_size, self.dim), (batch_size, self.dim), device)
@@ -99,13 +99,17 @@ class Factored(Variant):
         self.row = nn.Parameter(torch.empty(seq_len, rank))
         self.column = nn.Parameter(torch.empty(seq_len, rank))
 
+    def places(self, x: Tensor, cu_seqlens: Tensor | None) -> int:
+        """How many positions there are in x [B, T, ...]: T, if T may be one sequence."""
+        return x.shape[1] if cu_seqlens is None else min(x.shape[1], len(self.row))
+
 
 class Full(Factored):
     """A bias for every pair. The state is a cache of all keys and values."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        length = q.shape[1]
-        return aft_full(q, k, v, _product(self.row[:length], self.column[:length].T))
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        length = self.places(q, cu_seqlens)
+        return aft_full(q, k, v, _product(self.row[:length], self.column[:length].T), cu_seqlens=cu_seqlens)
 
     def init_state(self, batch_size: int, max_len: int, device: Device, dtype: torch.dtype) -> State:
         shape = (batch_size, max_len, self.dim)
@@ -139,8 +143,8 @@ class Local(Factored):
         super().__init__(dim, seq_len, rank)
         self.window = min(window, seq_len)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return aft_local(q, k, v, self.band(q.shape[1]))
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        return aft_local(q, k, v, self.band(self.places(q, cu_seqlens)), cu_seqlens=cu_seqlens)
 
     def band(self, length: int) -> Tensor:
         """w_ts at [t, t - s] for t - s < window, t < length; linear in length. 0 before the first token."""
@@ -196,8 +200,8 @@ class Conv(Variant):
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.head_dim))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return aft_conv(self._split(q), k, self._split(v), self.bias()).flatten(-2)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        return aft_conv(self._split(q), k, self._split(v), self.bias(), cu_seqlens=cu_seqlens).flatten(-2)
 
     def init_state(self, batch_size: int, max_len: int, device: Device, dtype: torch.dtype) -> State:
         keys, values = (batch_size, self.heads), (batch_size, self.heads, self.head_dim)
@@ -258,8 +262,8 @@ class AFT(SequenceMixer):
         q, k, v = self.qkv(x).split([dim, self.variant.key_dim, dim], dim=-1)
         return q, k, v
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.variant(*self._project(x)))
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        return self.out(self.variant(*self._project(x), cu_seqlens))
 
     def init_state(self, batch_size: int, max_len: int, *, device: torch.device | str | None = None,
                    dtype: torch.dtype = torch.float32) -> State:

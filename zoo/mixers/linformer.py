@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from zoo.contract import SequenceMixer, State
 from zoo.errors import ZooError
-from zoo.layers import enlarged, head_dim, rotary, small_init_
+from zoo.layers import enlarged, head_dim, rotary, small_init_, token_positions
 from zoo.ops.attention import block_attention, masked_attention
 from zoo.ops.linear_attention import linear_attention
 
@@ -52,8 +52,8 @@ class Linformer(SequenceMixer):
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).chunk(3, dim=2)  # [B, T, H, K] each
         return q, k, v
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.memory(*self.project(x)).flatten(-2))
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        return self.out(self.memory(*self.project(x), cu_seqlens).flatten(-2))
 
     def init_state(self, batch_size: int, max_len: int, *, device: torch.device | str | None = None,
                    dtype: torch.dtype = torch.float32) -> State:
@@ -96,13 +96,35 @@ class BlockMemory(nn.Module):
         positions = (starts.unsqueeze(-1) + spread).flatten(-2)
         return rotary(k_summary.flatten(1, 2), positions).view_as(k_summary), v_summary
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         T, C = q.shape[1], self.block
-        positions = torch.arange(T, device=q.device)
+        positions = token_positions(q, cu_seqlens)
+        if cu_seqlens is not None:
+            k_summary, v_summary = self.summarise(*self.document_blocks(k, v, cu_seqlens))
+            return block_attention(rotary(q, positions), rotary(k, positions), v, k_summary, v_summary, C, cu_seqlens)
         finished = positions[: (T - 1) // C * C]  # the last block, even where it is full, has nobody after it
         k_blocks, v_blocks = (x[:, : len(finished)].unflatten(1, (len(finished) // C, C)) for x in (k, v))
         k_summary, v_summary = self.summarise(k_blocks, v_blocks, finished[::C])
         return block_attention(rotary(q, positions), rotary(k, positions), v, k_summary, v_summary, C)
+
+    def document_blocks(self, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """k, v [1, T, H, K] -> their blocks [1, M, C, H, K], and where each begins in its document [M].
+
+        In the order that `block_attention` wants: ceil(L / C) of every document of L tokens, M = T // C + N a bound on
+        their number that needs no wait for the device. What stands past a document's end, or in blocks past the last,
+        is 0: nobody sees those summaries.
+        """
+        T, C, borders = k.shape[1], self.block, cu_seqlens.to(torch.int64)
+        blocks = (borders.diff() + C - 1) // C
+        ends = blocks.cumsum(0)
+        block = torch.arange(T // C + len(blocks), device=k.device)
+        document = torch.searchsorted(ends, block, right=True).clamp(max=len(blocks) - 1)
+        starts = (block - (ends - blocks)[document]) * C
+        at = (borders[document] + starts).unsqueeze(1) + torch.arange(C, device=k.device)
+        inside = (at < borders[document + 1].unsqueeze(1)).view(1, -1, C, 1, 1)
+        at = at.clamp(max=T - 1).flatten()
+        k_blocks, v_blocks = (x.index_select(1, at).unflatten(1, (-1, C)).where(inside, 0) for x in (k, v))
+        return k_blocks, v_blocks, starts
 
     def init_state(self, batch_size: int, max_len: int, device: torch.device | str | None, dtype: torch.dtype) -> State:
         """Keys (not turned) and values of the current block [B, C, H, K], the summaries [B, M, R, H, K]."""
@@ -178,17 +200,21 @@ class PrefixMemory(nn.Module):
         self.E = nn.Parameter(torch.empty(heads, rank, seq_len))
         self.F = nn.Parameter(torch.empty(heads, rank, seq_len))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         B, T = q.shape[:2]
-        E, F = (projection[:, :, :T].permute(2, 0, 1).expand(B, -1, -1, -1) for projection in (self.E, self.F))
-        return self.attend(q, k, v, E, F)[0]
+        if cu_seqlens is None:
+            E, F = (projection[:, :, :T].permute(2, 0, 1).expand(B, -1, -1, -1) for projection in (self.E, self.F))
+        else:
+            positions = token_positions(q, cu_seqlens)
+            E, F = (projection.permute(2, 0, 1)[positions].unsqueeze(0) for projection in (self.E, self.F))
+        return self.attend(q, k, v, E, F, cu_seqlens=cu_seqlens)[0]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, E: Tensor, F: Tensor, k_state: Tensor | None = None,
-               v_state: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+               v_state: Tensor | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, t, H, K], their E and F [B, t, H, R] -> y, sum k E [B, H, K, R], sum F v [B, H, R, K]."""
-        scores, k_state = linear_attention(q, k, E, k_state)
+        scores, k_state = linear_attention(q, k, E, k_state, cu_seqlens)
         p = (scores * self.head_dim**-0.5).softmax(dim=-1)
-        y, v_state = linear_attention(p, F, v, v_state)
+        y, v_state = linear_attention(p, F, v, v_state, cu_seqlens)
         return y, k_state, v_state
 
     def init_state(self, batch_size: int, max_len: int, device: torch.device | str | None, dtype: torch.dtype) -> State:

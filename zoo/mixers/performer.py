@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from zoo.contract import SequenceMixer, State
 from zoo.errors import ZooError
-from zoo.layers import head_dim, rotary, small_init_
+from zoo.layers import head_dim, rotary, small_init_, token_positions
 from zoo.ops.favor import favor_attention, orthogonal_projection
 
 MAX_NORM = 3.0  # of queries and keys, whose largest logit is then 9
@@ -48,10 +48,11 @@ class Performer(SequenceMixer):
         self._draw: int | None = None  # the number of the draw in `projection`, None where it was loaded
         self.register_load_state_dict_post_hook(_forget_draw)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._attend(x, torch.arange(x.shape[1], device=x.device), None)[0]
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        return self._attend(x, token_positions(x, cu_seqlens), None, cu_seqlens)[0]
 
-    def _attend(self, x: Tensor, positions: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _attend(self, x: Tensor, positions: Tensor, sums: Tensor | None,
+                cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, t, D] at positions [t] or [B, t] -> (y [B, t, D], the op's state)."""
         z = self.qkv(x).unflatten(-1, (3 * self.heads, self.head_dim))
         qk, v = z.split([2 * self.heads, self.heads], dim=2)
@@ -59,7 +60,7 @@ class Performer(SequenceMixer):
             qk = qk.to(torch.promote_types(qk.dtype, torch.float32)) * self.head_dim**-0.25
             qk = qk * torch.rsqrt(1 + qk.square().sum(-1, keepdim=True) / MAX_NORM**2)
         q, k = rotary(qk, positions, ROTARY_BASE).chunk(2, dim=2)
-        y, sums = favor_attention(q, k, v, self.projection, sums, max_key_norm=MAX_NORM)
+        y, sums = favor_attention(q, k, v, self.projection, sums, max_key_norm=MAX_NORM, cu_seqlens=cu_seqlens)
         return self.out(y.flatten(-2)), sums
 
     def init_state(self, batch_size: int, max_len: int, *, device: torch.device | str | None = None,

@@ -45,8 +45,8 @@ class ChannelMix(SequenceMixer):
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(hidden_dim, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._mixed(x, token_shift(x))
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        return self._mixed(x, token_shift(x, cu_seqlens=cu_seqlens))
 
     def _mixed(self, x: Tensor, before: Tensor) -> Tensor:
         delta = before - x
@@ -106,10 +106,11 @@ class TimeMix(SequenceMixer):
         self.norm_bias = nn.Parameter(torch.empty(dim))
         self.output = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._mixed(x, token_shift(x))[0]
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        return self._mixed(x, token_shift(x, cu_seqlens=cu_seqlens), cu_seqlens=cu_seqlens)[0]
 
-    def _mixed(self, x: Tensor, before: Tensor, wkv: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _mixed(self, x: Tensor, before: Tensor, wkv: Tensor | None = None,
+               cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x, and the tokens before it, [B, T, D] -> (y [B, T, D], wkv state after the last)."""
         delta = before - x
         low = torch.tanh(torch.addcmul(x, delta, self.mix_base) @ self.mix_down).view(-1, 5, self.mix_up.shape[1])
@@ -119,7 +120,7 @@ class TimeMix(SequenceMixer):
         d = self.decay + torch.tanh(xw @ self.decay_down) @ self.decay_up
         log_decay = -torch.exp(d.to(torch.promote_types(d.dtype, torch.float32)))
         r, k, v, log_decay = (z.unflatten(-1, self.bonus.shape) for z in (r, k, v, log_decay))
-        y, wkv = wkv6(r, k, v, log_decay, self.bonus, wkv)
+        y, wkv = wkv6(r, k, v, log_decay, self.bonus, wkv, cu_seqlens)
         y = F.layer_norm(y, y.shape[-1:], eps=64e-5).flatten(-2)  # a group norm; half the time of torch's on a CPU
         y = torch.addcmul(self.norm_bias, y, self.norm_weight)
         return self.output(y * F.silu(self.gate(xg))), wkv

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from zoo.contract import SequenceMixer, State
 from zoo.errors import ZooError
-from zoo.layers import enlarged, head_dim, rotary, small_init_
+from zoo.layers import enlarged, head_dim, rotary, small_init_, token_positions
 from zoo.ops.attention import attend_cache, causal_attention
 
 
@@ -37,9 +37,9 @@ class Attention(SequenceMixer):
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         return rotary(q, positions), rotary(k, positions), v
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.project(x, torch.arange(x.shape[1], device=x.device))
-        return self.out(causal_attention(q, k, v).flatten(-2))
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        q, k, v = self.project(x, token_positions(x, cu_seqlens))
+        return self.out(causal_attention(q, k, v, cu_seqlens).flatten(-2))
 
     def init_state(self, batch_size: int, max_len: int, *, device: torch.device | str | None = None,
                    dtype: torch.dtype = torch.float32) -> State:
