@@ -250,3 +250,22 @@ def test_the_future_and_other_rows_move_nothing(t, scale):
 
 def test_a_maximum_over_the_sequence_is_caught():
     assert past_moves(stabilised_by_the_sequence, CHUNK, 3.0) > 0.1
+
+
+# documents
+
+
+def test_documents_in_a_row_are_as_if_alone():
+    borders, w = torch.tensor([0, 0, 5, 70, 70, 71, 140]), projection().double()
+    q, k, v = inputs(140, B=1)
+    state = torch.rand(len(borders) - 1, 3, FEATURES, v.shape[-1] + 1, dtype=torch.float64, requires_grad=True)
+    args = q, k, v, state
+    parts = [favor_attention(*(x[:, a:b] for x in (q, k, v)), w, state[n : n + 1])
+             for n, (a, b) in enumerate(pairwise(borders.tolist()))]
+    wanted = torch.cat([y for y, _ in parts], 1), torch.cat([last for _, last in parts])
+    got = favor_attention(q, k, v, w, state, cu_seqlens=borders)
+    cotangents = [torch.randn_like(x) for x in wanted]
+    gradients = torch.autograd.grad(got, args, cotangents)
+    for a, b in zip((*got, *gradients), (*wanted, *torch.autograd.grad(wanted, args, cotangents)), strict=True):
+        torch.testing.assert_close(a, b)
+    assert favor_attention(q, k, v, w, cu_seqlens=borders.int())[1].shape == state.shape

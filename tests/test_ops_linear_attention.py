@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
 
+from zoo.errors import ZooError
 from zoo.ops.linear_attention import CHUNK, linear_attention
 
 LENGTHS = [1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 129, 1000]
@@ -110,3 +113,37 @@ def test_a_missing_mask_is_caught(monkeypatch):
     monkeypatch.setattr(Tensor, "tril", lambda scores, diagonal=0: scores)
     assert past_moves(linear_attention, 0) > 1
     assert past_moves(linear_attention, CHUNK + 1) > 1
+
+
+def test_documents_in_a_row_are_as_if_alone():
+    """Values, final states and all gradients; empty documents pass their state and its gradient through."""
+    borders = torch.tensor([0, 0, 5, 70, 70, 71, 140, 140])
+    args = inputs(140, B=1)
+    args[3] = torch.randn(len(borders) - 1, *args[3].shape[1:], dtype=torch.float64, requires_grad=True)
+    q, k, v, state = args
+    parts = [definition(*(x[:, a:b] for x in (q, k, v)), state[n : n + 1])
+             for n, (a, b) in enumerate(pairwise(borders.tolist()))]
+    wanted = torch.cat([y for y, _ in parts], 1), torch.cat([last for _, last in parts])
+    got = linear_attention(*args, cu_seqlens=borders.int())
+    cotangents = [torch.randn_like(x) for x in wanted]
+    gradients = torch.autograd.grad(got, args, cotangents)
+    for a, b in zip((*got, *gradients), (*wanted, *torch.autograd.grad(wanted, args, cotangents)), strict=True):
+        torch.testing.assert_close(a, b)
+    fresh = linear_attention(q, k, v, cu_seqlens=borders)
+    assert torch.equal(fresh[0], linear_attention(q, k, v, torch.zeros_like(state), borders)[0])
+    assert fresh[1].shape == state.shape
+
+
+def test_documents_are_checked():
+    with pytest.raises(ZooError, match="allowed: \\[1, T"):
+        linear_attention(*inputs(8)[:3], cu_seqlens=torch.tensor([0, 8]))
+    with pytest.raises(ZooError, match="ascend from 0 to T=8"):
+        linear_attention(*inputs(8, B=1)[:3], cu_seqlens=torch.tensor([0, 9]))
+
+
+def test_no_tokens_pass_the_state_on():
+    q, k, v, state = inputs(0)
+    y, last = linear_attention(q, k, v, state)
+    assert y.shape == v.shape
+    assert torch.equal(last, state)
+    assert last.data_ptr() != state.data_ptr()

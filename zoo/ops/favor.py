@@ -48,7 +48,7 @@ def favor_features(q: Tensor, k: Tensor, projection: Tensor,
 
 
 def favor_attention(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, initial_state: Tensor | None = None,
-                    max_key_norm: float | None = None) -> tuple[Tensor, Tensor]:
+                    max_key_norm: float | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """y_t = sum_{s<=t} A_ts v_s / sum_{s<=t} A_ts with A_ts = phi(q_t) . phi(k_s), about exp(q_t . k_s) (section 2.3).
 
     q, k [B, T, H, K] with whatever scale attention has already in them (K^(-1/4) each), v [B, T, H, V], projection
@@ -57,8 +57,11 @@ def favor_attention(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, initial
 
     Keys so long, or so far from every row of W, that all their features underflow have no weight; where that is so of
     every key up to t, y_t = 0.
+
+    With cu_seqlens [N + 1] (int32 or int64, on the device), N documents stand one after the other in a row, B = 1, and
+    states are [N, H, m, V+1], one a document; an empty document passes its on.
     """
     phi_q, phi_k = favor_features(q.transpose(1, 2), k.transpose(1, 2), projection, max_key_norm)
     values = F.pad(v.to(phi_k.dtype), (0, 1), value=1.0)
-    y, state = linear_attention(phi_q.transpose(1, 2), phi_k.transpose(1, 2), values, initial_state)
+    y, state = linear_attention(phi_q.transpose(1, 2), phi_k.transpose(1, 2), values, initial_state, cu_seqlens)
     return (y[..., :-1] / (y[..., -1:] + EPS)).to(v.dtype), state
