@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from zoo.ops.attention_triton import block_kernel, block_on_triton, causal_kernel, causal_on_triton, same_dtype
 from zoo.ops.documents import document_slices
 from zoo.ops.untraced import untraced
 
@@ -25,10 +26,16 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None 
     G divides H: query head h reads key head h // (H / G) (grouped queries, 2305.13245). With cu_seqlens [N + 1],
     tensors are [1, T, ...] and a token sees its own document.
 
-    PyTorch's kernel is the eager path. On a CPU it is FlashAttention (2205.14135) in float32, bf16 and float64: O(T)
+    Computed in one dtype, that of autocast where it is on. Head sizes to 256 have Triton kernels; elsewhere PyTorch's
+    kernel is the eager path. On a CPU it is FlashAttention (2205.14135) in float32, bf16 and float64: O(T)
     memory, float32 sums. The chunked algorithm of 2112.05682 in matrix products came out 1.1 (T=256) to 1.3 (T=1024)
     times slower, forward and backward on two cores.
     """
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    q, k, v = same_dtype(q, k, v)
+    if causal_kernel.chosen(q, q.shape[-1]):
+        return causal_on_triton(q, k, v, cu_seqlens)
     if cu_seqlens is not None:
         return torch.cat([causal_attention(q[:, i], k[:, i], v[:, i]) for i in document_slices(q, cu_seqlens)], dim=1)
     grouped = k.shape[2] != q.shape[2]
@@ -74,10 +81,14 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summar
     document's follow at once. Entries after the last document's are not read. (A document's first entry is the sum of
     ceil(L / C) over those before it, and M is a bound that does not depend on where they end: no wait for the device.)
 
-    PyTorch's kernel would want a mask and a copy of the summaries for each block. So this is the chunked exact
-    attention of 2112.05682: one block of queries at a time against all it sees, and again in the backward pass from the
-    saved log-sum-exp. O(T) memory, float32 inside (float64 stays).
+    Computed in the widest dtype given; autocast has no say. Head sizes to 256 have Triton kernels. PyTorch's kernel
+    would want a mask and a copy of the summaries for each block. So the eager path is the chunked exact attention of
+    2112.05682: one block of queries at a time against all it sees, and again in the backward pass from the saved
+    log-sum-exp. O(T) memory, float32 inside (float64 stays).
     """
+    tensors = same_dtype(q, k, v, k_summary, v_summary)
+    if block_kernel.chosen(tensors[0], q.shape[-1]):
+        return block_on_triton(tensors, block, cu_seqlens).to(q.dtype)
     if cu_seqlens is not None:
         documents, entry = [], 0
         for i in document_slices(q, cu_seqlens):

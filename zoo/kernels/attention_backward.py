@@ -1,0 +1,201 @@
+"""Gradients of exact softmax attention by Triton kernels; attention.py has the equations and the plan."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from zoo.kernels._common import LOG2E, document_chunks, dot, precision
+from zoo.kernels.attention import VARYING, entries, place, plain, put, section, strides, tile, tiling
+
+
+@triton.jit
+def rows_gradient(b_dq, b_q, b_dy, b_lse, b_delta, p_k, p_v, stride_k, stride_v, first, last, o_low, o_high, scale,
+                  K: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """dq / scale of rows over the keys first .. last - 1, as `attend` goes over them."""
+    for i_s in range(first, last, BS):
+        o_s = i_s + tl.arange(0, BS)
+        b_k = tile(p_k, i_s, stride_k, last, BS, K, BK, MASKED)
+        b_v = tile(p_v, i_s, stride_v, last, BS, K, BK, MASKED)
+        zero = tl.zeros([b_q.shape[0], BS], tl.float32)
+        b_s = dot(b_q, tl.trans(b_k), zero, PRECISION)
+        b_dp = dot(b_dy, tl.trans(b_v), zero, PRECISION)
+        b_p = tl.exp2(b_s * scale - b_lse[:, None])
+        if MASKED:
+            b_p = tl.where((o_s[None, :] >= o_low[:, None]) & (o_s[None, :] < o_high[:, None]), b_p, 0.0)
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq, PRECISION)
+    return b_dq
+
+
+@triton.jit(do_not_specialize=VARYING)
+def dq_kernel(
+    p_q, p_k, p_v, p_ks, p_vs, p_y, p_dy, p_lse, p_delta, p_dq, p_tiles, p_borders, p_entries,
+    T, NT, HEADS, SECTION, scale, exponent_scale,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, ks_b, ks_t, ks_h, vs_b, vs_t, vs_h, y_b, y_t, y_h, dy_b, dy_t, dy_h,
+    dq_b, dq_t, dq_h,
+    H: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, DOCUMENTS: tl.constexpr,
+    K: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """dq, and on the way D, which `dkdv_kernel` needs."""
+    i_head, i_t, i_n, start, length = place(tl.program_id(0), p_tiles, p_borders, T, NT, HEADS, SECTION, True,
+                                            DOCUMENTS)
+    i_b, i_h = (i_head // H).to(tl.int64), i_head % H
+    i_g = i_h // GROUP
+    a = i_t * BT
+    o_t = a + tl.arange(0, BT)
+    p_k += i_b * k_b + start * k_t + i_g * k_h
+    p_v += i_b * v_b + start * v_t + i_g * v_h
+    b_dy = tile(p_dy + i_b * dy_b + start * dy_t + i_h * dy_h, a, dy_t, length, BT, K, BK, True)
+    b_y = tile(p_y + i_b * y_b + start * y_t + i_h * y_h, a, y_t, length, BT, K, BK, True)
+    b_delta = tl.sum(b_dy.to(tl.float32) * b_y.to(tl.float32), 1)
+    o_row = i_head.to(tl.int64) * T + start + o_t
+    tl.store(p_delta + o_row, b_delta, mask=o_t < length)
+    b_lse = tl.load(p_lse + o_row, mask=o_t < length, other=float("inf"))  # exp2(s - inf) = 0: such rows are inert
+    b_q = tile(p_q + i_b * q_b + start * q_t + i_h * q_h, a, q_t, length, BT, K, BK, True)
+    b_dq = tl.zeros([BT, BK], tl.float32)
+    last = tl.minimum(a + BT, length)
+    if C == 0:
+        full = a // BS * BS
+        o_low = tl.zeros([BT], tl.int32)
+        b_dq = rows_gradient(b_dq, b_q, b_dy, b_lse, b_delta, p_k, p_v, k_t, v_t, 0, full, o_low, o_t + 1,
+                             exponent_scale, K, BS, BK, False, PRECISION)
+    else:
+        full = a // C * C
+        o_low = o_t // C * C
+        past = full // C * R // BS * BS
+        if DOCUMENTS:
+            i_s = tl.load(p_entries + i_n).to(tl.int64) * R
+            p_ks += i_s * ks_t
+            p_vs += i_s * vs_t
+        p_ks += i_b * ks_b + i_h * ks_h
+        p_vs += i_b * vs_b + i_h * vs_h
+        b_dq = rows_gradient(b_dq, b_q, b_dy, b_lse, b_delta, p_ks, p_vs, ks_t, vs_t, 0, past, o_low, o_t,
+                             exponent_scale, K, BS, BK, False, PRECISION)
+        b_dq = rows_gradient(b_dq, b_q, b_dy, b_lse, b_delta, p_ks, p_vs, ks_t, vs_t, past, (last - 1) // C * R,
+                             o_t * 0, o_low // C * R, exponent_scale, K, BS, BK, True, PRECISION)
+    b_dq = rows_gradient(b_dq, b_q, b_dy, b_lse, b_delta, p_k, p_v, k_t, v_t, full, last, o_low, o_t + 1,
+                         exponent_scale, K, BS, BK, True, PRECISION)
+    put(p_dq + i_b * dq_b + start * dq_t + i_h * dq_h, b_dq * scale, a, dq_t, length, K)
+
+
+@triton.jit
+def keys_gradient(b_dk, b_dv, b_k, b_v, p_q, p_dy, p_lse, p_delta, stride_q, stride_dy, first, last, o_low, o_high,
+                  length, scale, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr,
+                  PRECISION: tl.constexpr):
+    """dk / scale and dv of keys over the rows first .. last - 1; key s is seen by o_low <= t < o_high of them."""
+    for i_t in range(first, last, BT):
+        o_t = i_t + tl.arange(0, BT)
+        b_q = tile(p_q, i_t, stride_q, length, BT, K, BK, True)
+        b_lse = tl.load(p_lse + o_t, mask=o_t < length, other=float("inf"))
+        zero = tl.zeros([b_k.shape[0], BT], tl.float32)
+        b_s = dot(b_k, tl.trans(b_q), zero, PRECISION)
+        b_dy = tile(p_dy, i_t, stride_dy, length, BT, K, BK, True)
+        b_dp = dot(b_v, tl.trans(b_dy), zero, PRECISION)
+        b_p = tl.exp2(b_s * scale - b_lse[None, :])
+        if MASKED:
+            b_p = tl.where((o_t[None, :] >= o_low[:, None]) & (o_t[None, :] < o_high[:, None]), b_p, 0.0)
+        b_dv = dot(b_p.to(b_dy.dtype), b_dy, b_dv, PRECISION)
+        b_delta = tl.load(p_delta + o_t, mask=o_t < length, other=0.0)
+        b_ds = b_p * (b_dp - b_delta[None, :])
+        b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk, PRECISION)
+    return b_dk, b_dv
+
+
+@triton.jit(do_not_specialize=[*VARYING, "S"])
+def dkdv_kernel(
+    p_q, p_k, p_v, p_dy, p_lse, p_delta, p_dk, p_dv, p_tiles, p_borders, p_entries,
+    T, S, NT, HEADS, SECTION, scale, exponent_scale,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dy_b, dy_t, dy_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h,
+    H: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SUMMARIES: tl.constexpr,
+    DOCUMENTS: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dk and dv of BS keys, which with SUMMARIES are those of block attention: p_k, p_v have S rows in all."""
+    i_head, i_s, i_n, start, length = place(tl.program_id(0), p_tiles, p_borders, T, NT, HEADS, SECTION, False,
+                                            DOCUMENTS)
+    i_b, i_g = (i_head // (H // GROUP)).to(tl.int64), i_head % (H // GROUP)
+    first_key, keys = start, length
+    if SUMMARIES:
+        first_key, keys = start * 0, S
+        if DOCUMENTS:
+            first_key = tl.load(p_entries + i_n).to(tl.int64) * R
+            keys = (length + C - 1) // C * R
+    a = i_s * BS
+    o_s = a + tl.arange(0, BS)
+    b_k = tile(p_k + i_b * k_b + first_key * k_t + i_g * k_h, a, k_t, keys, BS, K, BK, True)
+    b_v = tile(p_v + i_b * v_b + first_key * v_t + i_g * v_h, a, v_t, keys, BS, K, BK, True)
+    b_dk = tl.zeros([BS, BK], tl.float32)
+    b_dv = tl.zeros([BS, BK], tl.float32)
+    if SUMMARIES:  # seen from the block after theirs on
+        o_low, o_high = (o_s // R + 1) * C, o_s * 0 + length
+        first, full = (a // R + 1) * C, ((a + BS - 1) // R + 1) * C
+    elif C == 0:
+        o_low, o_high = o_s, o_s * 0 + length
+        first, full = a, a + BS
+    else:
+        o_low, o_high = o_s, (o_s // C + 1) * C
+        first, full = a, ((a + BS - 1) // C + 1) * C
+    full = first + (full - first + BT - 1) // BT * BT
+    for i in range(GROUP):
+        i_h = i_g * GROUP + i
+        p_q_ = p_q + i_b * q_b + start * q_t + i_h * q_h
+        p_dy_ = p_dy + i_b * dy_b + start * dy_t + i_h * dy_h
+        o_row = (i_b * H + i_h) * T + start
+        b_dk, b_dv = keys_gradient(b_dk, b_dv, b_k, b_v, p_q_, p_dy_, p_lse + o_row, p_delta + o_row, q_t, dy_t,
+                                   first, tl.minimum(full, length), o_low, o_high, length, exponent_scale,
+                                   K, BT, BK, True, PRECISION)
+        if SUMMARIES or C == 0:
+            b_dk, b_dv = keys_gradient(b_dk, b_dv, b_k, b_v, p_q_, p_dy_, p_lse + o_row, p_delta + o_row, q_t, dy_t,
+                                       full, length, o_low, o_high, length, exponent_scale,
+                                       K, BT, BK, False, PRECISION)
+    put(p_dk + i_b * dk_b + first_key * dk_t + i_g * dk_h, b_dk * scale, a, dk_t, keys, K)
+    put(p_dv + i_b * dv_b + first_key * dv_t + i_g * dv_h, b_dv, a, dv_t, keys, K)
+
+
+def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, k_past: Tensor | None, v_past: Tensor | None, y: Tensor,
+             lse: Tensor, scale: float, block: int, rank: int, cu_seqlens: Tensor | None,
+             ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """-> dq, dk, dv and the gradients of the summaries."""
+    B, T, H, K = q.shape
+    dy, q, k, v = (plain(x) for x in (dy, q, k, v))
+    k_past, v_past = (None if x is None else plain(x) for x in (k_past, v_past))
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    # entries after the last document's are nobody's, and their gradients 0
+    new = torch.empty_like if cu_seqlens is None and T else torch.zeros_like
+    dk_past, dv_past = (None if x is None else new(x, memory_format=torch.contiguous_format) for x in (k_past, v_past))
+    if not q.numel():
+        return dq, dk, dv, dk_past, dv_past
+    delta = torch.empty_like(lse)
+    group, common = H // k.shape[2], {"H": H, "C": block, "R": rank, "K": K, "DOCUMENTS": cu_seqlens is not None,
+                                      "PRECISION": precision(q.dtype)}
+    first = entries(cu_seqlens, block)
+    BK, (BT, BS, warps, stages) = tiling("dq", q)
+    tiles = None if cu_seqlens is None else document_chunks(cu_seqlens, T, BT)
+    NT = triton.cdiv(T, BT) if tiles is None else len(tiles)
+    with torch.cuda.device_of(q):
+        dq_kernel[(NT * B * H,)](
+            q, k, v, k_past, v_past, y, dy, lse, delta, dq, tiles, cu_seqlens, first, T, NT, B * H, section(k) * group,
+            scale, scale * LOG2E.value, *strides(q), *strides(k), *strides(v), *strides(k_past), *strides(v_past),
+            *strides(y), *strides(dy), *strides(dq), GROUP=group, BT=BT, BS=BS, BK=BK, num_warps=warps,
+            num_stages=stages, **common)
+        BK, (BT, BS, warps, stages) = tiling("dkdv", q)
+        for k_, v_, dk_, dv_ in ((k, v, dk, dv), (k_past, v_past, dk_past, dv_past)):
+            summaries = k_ is k_past
+            if k_ is None or not k_.numel():
+                continue
+            S = k_.shape[1]
+            if cu_seqlens is None:
+                tiles, NT = None, triton.cdiv(S, BS)
+            else:
+                tiles = document_chunks(cu_seqlens if first is None or not summaries else first * rank, S, BS)
+                NT = len(tiles)
+            shared = 1 if summaries else group
+            dkdv_kernel[(NT * B * k_.shape[2],)](
+                q, k_, v_, dy, lse, delta, dk_, dv_, tiles, cu_seqlens, first, T, S, NT, B * k_.shape[2],
+                max(1, section(q) // shared), scale, scale * LOG2E.value, *strides(q), *strides(k_), *strides(v_),
+                *strides(dy), *strides(dk_), *strides(dv_), GROUP=shared, SUMMARIES=summaries, BT=BT, BS=BS, BK=BK,
+                num_warps=warps, num_stages=stages, **common)
+    return dq, dk, dv, dk_past, dv_past
