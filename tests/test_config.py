@@ -113,6 +113,7 @@ def check(override: str) -> None:
     ("trainer.strategy=deepspeed", "trainer.strategy ddp, fsdp, single"),
     ("trainer.compile=maybe", "trainer.compile true or false"),
     ("seed=-1", "seed"),
+    ("backend=cuda", "unknown backend 'cuda' auto, eager, triton"),
     ("+nonsense=1", "unknown key nonsense allowed"),
     ("+optim.momentum=0.9", "unknown key optim.momentum optim.betas"),
     ("size.name=huge", "unknown size 'huge' nano"),
@@ -149,8 +150,8 @@ def test_a_resume_that_contradicts_is_refused(change: str, key: str) -> None:
 
 @pytest.mark.parametrize("change", [
     "steps=9", "out=elsewhere", "resume=auto", "log_every=3", "validate_every=3", "save_every=3", "sample_every=3",
-    "sample_tokens=3", "prompt=Once", "trainer=ddp", "trainer.micro_batch=256", "logger=wandb", "debug.profile=3",
-    "data.cache=elsewhere",
+    "sample_tokens=3", "prompt=Once", "backend=eager", "trainer=ddp", "trainer.micro_batch=256", "logger=wandb",
+    "debug.profile=3", "data.cache=elsewhere",
 ])
 def test_what_may_change_on_resume(change: str) -> None:
     base = compose("model=transformer")
@@ -186,7 +187,7 @@ def test_jobs_of_a_sweep_have_folders_of_their_own() -> None:
     (["size=huge"], "error: unknown size 'huge'; allowed: base, medium, nano, small"),
     (["data=internet"], "error: unknown data 'internet'; allowed: "),
     (["schedule=step"], "error: unknown schedule 'step'; allowed: cosine, linear, wsd"),
-    (["stepss=5"], "error: unknown key stepss; allowed: batch_tokens, "),
+    (["stepss=5"], "error: unknown key stepss; allowed: backend, batch_tokens, "),
     (["schedule=wsd", "schedule.foo=1"], "error: unknown key schedule.foo; allowed: schedule.decay, "),
     (["steps=["], "error: "),
     (["model=transformer", "steps=0"], "error: steps=0 is not allowed: 1 or above"),

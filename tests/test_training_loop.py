@@ -24,6 +24,7 @@ import zoo
 from zoo.data.load import load_data
 from zoo.errors import ZooError
 from zoo.model import LanguageModel
+from zoo.ops.backend import get_backend
 from zoo.training import checkpoint
 from zoo.training.config import Config
 from zoo.training.datamodule import TokenDataModule
@@ -174,13 +175,29 @@ def test_distributed_is_the_same_run(corpus: Path, tmp_path: Path) -> None:
 # What is measured and written
 
 
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_the_backend_is_the_runs_own_and_said_once(corpus: Path, tmp_path: Path, backend: str,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    zoo.set_backend("auto")
+    train(config(corpus, tmp_path / "run", steps=3, backend=backend))
+    assert get_backend() == "auto"
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("backend ")]
+    decided = json.loads((tmp_path / "run" / "run.json").read_text())["backends"]
+    if backend == "eager":
+        assert all(line.endswith(": eager (asked for eager)") for line in decided)
+        assert len(lines) == bool(decided)
+    else:  # on a CPU there was no choice, and nobody asked
+        assert not lines
+    train(config(corpus, tmp_path / "run", steps=3, resume="auto", backend="auto"))
+
+
 def test_a_run_leaves_what_it_says(corpus: Path, run: dict[str, Any]) -> None:
     out = Path(run["out"])
     left = sorted(path.name for path in out.iterdir())
     assert left == ["checkpoints", "config.json", "metrics.csv", "model", "run.json"]
     assert Config.from_dict(json.loads((out / "config.json").read_text())) == Config.from_dict(config(corpus, out))
     about = json.loads((out / "run.json").read_text())
-    assert about.keys() == {"id", "command", "resumed_from", "commit", "versions", "device", "devices"}
+    assert about.keys() == {"id", "command", "resumed_from", "commit", "versions", "device", "devices", "backends"}
     rows = read_rows(out / "metrics.csv")
     assert [int(row["step"]) for row in rows] == list(range(1, 13))
     assert [row["step"] for row in rows if row["validation_bits_per_byte"]] == ["6", "12"]

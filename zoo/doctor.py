@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from zoo.mixers import list_mixers
+from zoo.ops.backend import decisions, self_test_file
 from zoo.sizing import create_model
 
 NEEDED = {"torch": "torch", "lightning": "lightning", "hydra-core": "hydra", "datasets": "datasets", "wandb": "wandb",
@@ -38,9 +39,17 @@ def examine(tell: Callable[[str], object]) -> bool:
         tell(f"{gpu}: {facts.name}, {facts.total_memory / 2**30:.0f} GiB, capability {facts.major}.{facts.minor}")
     if not gpus:
         tell(f"no GPU that this torch can use (built for CUDA {torch.version.cuda or 'none'})")
+    before = len(decisions())
     for device in [torch.device("cpu"), *gpus]:
         for name in list_mixers():
             works &= _trains(tell, name, device) or device.type != "cpu"
+    if (file := self_test_file()) is None:
+        tell("no kernels without triton: all ops run on their eager reference")
+    else:
+        tell(f"kernels: {'on the GPU, where they pass their self-test' if gpus else 'none without a GPU'}; results of "
+             f"self-tests are kept in {file}")
+    for line in decisions()[before:] if gpus else ():
+        tell(f"       {line}")
     tell("training on a CPU works" if works else "training on a CPU does not work here: see above")
     return works
 
@@ -64,7 +73,8 @@ def _trains(tell: Callable[[str], object], name: str, device: torch.device) -> b
         model = create_model(name, "nano", seq_len=LENGTH).to(device)
         tokens = torch.arange(2 * (LENGTH + 1), device=device).view(2, -1)
         start = time.perf_counter()
-        loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):  # as in training
+            loss = model.loss(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         spent = time.perf_counter() - start

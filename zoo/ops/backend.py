@@ -54,6 +54,20 @@ def use_backend(backend: str) -> Iterator[None]:
         set_backend(before)
 
 
+def forget_decisions() -> None:
+    """Ask anew where an op is called next, so that `decisions` are those from now on. Self-tests are not run again."""
+    _decisions.clear()
+
+
+def self_test_file() -> Path | None:
+    """Where results of self-tests are kept, beside Triton's compiled kernels; None without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    import triton
+
+    return Path(triton.knobs.cache.dir) / "zoo-self-tests.json"
+
+
 def decisions() -> list[str]:
     """What was decided so far, a line for each op, device, dtype and sizes: "wkv6 cuda:0 bfloat16 64x64: triton"."""
     return [f"{op} {device} {str(dtype).removeprefix('torch.')} {'x'.join(map(str, sizes))}: {reason or 'triton'}"
@@ -140,7 +154,8 @@ def _tested(kernel: Kernel, device: torch.device, dtype: torch.dtype, sizes: tup
     """The self-test's result, from the file beside Triton's compiled kernels if it was run before."""
     import triton
 
-    path = Path(triton.knobs.cache.dir) / "zoo-self-tests.json"
+    path = self_test_file()
+    assert path is not None
     folder = Path(__file__).parent.parent / "kernels"
     sources = kernel.file or kernel.op, "_common", *kernel.sources
     code = b"".join((folder / f"{name}.py").read_bytes() for name in sources)

@@ -9,6 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from zoo.errors import ZooError, choose
 from zoo.model import ModelConfig
+from zoo.ops.backend import Backend
 from zoo.sizing import SIZES, Size, model_config
 from zoo.training.schedules import Schedule, get_schedule
 
@@ -95,7 +96,10 @@ class Debug:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything about a run. `conf/train.yaml` and its groups mirror it."""
+    """Everything about a run. `conf/train.yaml` and its groups mirror it.
+
+    backend: what the ops run on, `zoo.ops.backend`; "triton" refuses to do without its kernels.
+    """
 
     model: dict[str, Any]
     data: dict[str, Any]
@@ -111,6 +115,7 @@ class Config:
     seq_len: int = 256
     dropout: float = 0.0
     seed: int = 1
+    backend: Backend = "auto"
     out: str | None = None
     resume: str | None = None
     log_every: int = 10
@@ -160,7 +165,7 @@ class Config:
 
 # What a resumed run may set anew. The data's text and tokens are compared by their fingerprint, not by where they lie.
 MAY_CHANGE = {"steps", "out", "resume", "log_every", "validate_every", "save_every", "sample_every", "sample_tokens",
-              "prompt", "trainer", "logger", "debug.profile", "data", "tokenizer"}
+              "prompt", "backend", "trainer", "logger", "debug.profile", "data", "tokenizer"}
 
 
 def recipe(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from lightning.pytorch import Callback, Trainer
 
 from zoo.data.baselines import gzip_bits, unigram_entropy
 from zoo.data.cache import TokenData
 from zoo.data.load import load_data
 from zoo.errors import ZooError
 from zoo.model import LanguageModel, ModelConfig
+from zoo.ops.backend import decisions, forget_decisions, get_backend, use_backend
 from zoo.pretrained import save_pretrained
 from zoo.training import checkpoint as files
 from zoo.training.callbacks import Checkpoints, Monitor, Profile, sample_text
@@ -44,7 +46,8 @@ def train(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     run = Config.from_dict(config)
     _quieten()
-    with Signals() as signals:
+    with Signals() as signals, use_backend(run.backend):
+        forget_decisions()
         place = find_place(run.trainer)
         run.lr_schedule()
         out = Path(run.out or run.default_out())
@@ -71,7 +74,9 @@ def _fit(run: Config, out: Path, place: Place, data: TokenData, batches: TokenDa
     module = TrainingModule(model, run, data.fingerprint, batches.batch_of)
     monitor = Monitor(run, batches, reporter, signals)
     checkpoints = Checkpoints(run, out / "checkpoints", monitor, start)
-    callbacks = [monitor, checkpoints]
+    callbacks: list[Callback] = [monitor, checkpoints]
+    if place.rank == 0:
+        callbacks.append(Backends(out, reporter, about))
     if run.debug.profile:
         callbacks.append(Profile(run.debug.profile, run.steps, out / "profile.txt"))
     loggers = make_loggers(run.logger, out, step, about.get("id", ""), run.to_dict()) if place.rank == 0 else []
@@ -193,6 +198,26 @@ def _headline(run: Config, model: LanguageModel, data: TokenData, place: Place, 
     return (f"{run.model['name']} {run.size.name} ({shapes}) on {run.data['name']}, {count(len(data.train))} training "
             f"tokens; {run.steps} steps of {count(run.batch_tokens)} tokens at T={run.seq_len}; "
             f"{place.world_size} x {device_name(place.device)}, {run.trainer.precision}; {begin}; into {out}")
+
+
+class Backends(Callback):
+    """After the first step: what the ops run on, and why, said once and kept in run.json."""
+
+    def __init__(self, out: Path, reporter: Reporter, about: dict[str, Any]):
+        self.out, self.reporter, self.about = out, reporter, about
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if "backends" in self.about:
+            return
+        self.about["backends"] = decisions()
+        _write_json(self.out / "run.json", self.about)
+        outcomes: dict[str, list[str]] = {}
+        for line in self.about["backends"]:
+            what, _, outcome = line.partition(": ")
+            outcomes.setdefault(outcome, []).append(what)
+        if outcomes and (pl_module.device.type != "cpu" or get_backend() != "auto"):
+            said = "; ".join(f"{outcome}: {', '.join(ops)}" for outcome, ops in outcomes.items())
+            self.reporter.say(f"backend {get_backend()}: {said}")
 
 
 class _Preparation:
