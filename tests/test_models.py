@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from cases import CONF, Case, listed, tiny, train_on
+from kernel_cases import interpreted
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,6 +18,7 @@ import zoo
 from zoo import mixers
 from zoo.contract import State
 from zoo.mixers import build_mixer
+from zoo.ops.backend import decisions, forget_decisions, use_backend
 from zoo.sizing import SIZES, TOLERANCE, model_config
 
 CASES = pytest.mark.parametrize("case", listed(), ids=str)
@@ -223,6 +225,25 @@ def test_wrong_documents_are_refused(case: Case) -> None:
     if model.max_len is not None:
         with pytest.raises(zoo.ZooError, match=r"49 tokens are past .* at most 48"):
             model(tokens, borders([11, 49]))
+
+
+@interpreted
+@CASES
+def test_kernels_agree_with_eager(case: Case) -> None:
+    """Through the whole model, one row and two documents, forward and backward; in float32 by Triton's interpreter."""
+    model, tokens, found = tiny(case, layers=1, scramble=True, seq_len=20), tokens_of(1, 20), []
+    forget_decisions()
+    for backend in ("eager", "triton"):
+        model.zero_grad()
+        with use_backend(backend):
+            logits = [model(tokens), model(tokens, borders([3, 17]))]
+            (logits[0].square() + logits[1].square()).sum().backward()
+        found.append([*(y.detach() for y in logits), *(p.grad for p in model.parameters())])
+    if not any(line.endswith(": triton") for line in decisions()):
+        pytest.skip(f"no op of {case} has kernels yet")
+    names = ["logits", "of documents", *(name for name, _ in model.named_parameters())]
+    for name, plain, kernel in zip(names, *found, strict=True):
+        torch.testing.assert_close(kernel, plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max()), msg=name)
 
 
 @CASES
