@@ -22,9 +22,10 @@ def rows_gradient(b_dq, b_q, b_dy, b_lse, b_delta, p_k, p_v, stride_k, stride_v,
         zero = tl.zeros([b_q.shape[0], BS], tl.float32)
         b_s = dot(b_q, tl.trans(b_k), zero, PRECISION)
         b_dp = dot(b_dy, tl.trans(b_v), zero, PRECISION)
-        b_p = tl.exp2(b_s * scale - b_lse[:, None])
+        b_s = b_s * scale - b_lse[:, None]
         if MASKED:
-            b_p = tl.where((o_s[None, :] >= o_low[:, None]) & (o_s[None, :] < o_high[:, None]), b_p, 0.0)
+            b_s = tl.where((o_s[None, :] >= o_low[:, None]) & (o_s[None, :] < o_high[:, None]), b_s, float("-inf"))
+        b_p = tl.exp2(b_s)
         b_ds = b_p * (b_dp - b_delta[:, None])
         b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq, PRECISION)
     return b_dq
@@ -94,9 +95,10 @@ def keys_gradient(b_dk, b_dv, b_k, b_v, p_q, p_dy, p_lse, p_delta, stride_q, str
         b_s = dot(b_k, tl.trans(b_q), zero, PRECISION)
         b_dy = tile(p_dy, i_t, stride_dy, length, BT, K, BK, True)
         b_dp = dot(b_v, tl.trans(b_dy), zero, PRECISION)
-        b_p = tl.exp2(b_s * scale - b_lse[None, :])
+        b_s = b_s * scale - b_lse[None, :]
         if MASKED:
-            b_p = tl.where((o_t[None, :] >= o_low[:, None]) & (o_t[None, :] < o_high[:, None]), b_p, 0.0)
+            b_s = tl.where((o_t[None, :] >= o_low[:, None]) & (o_t[None, :] < o_high[:, None]), b_s, float("-inf"))
+        b_p = tl.exp2(b_s)
         b_dv = dot(b_p.to(b_dy.dtype), b_dy, b_dv, PRECISION)
         b_delta = tl.load(p_delta + o_t, mask=o_t < length, other=0.0)
         b_ds = b_p * (b_dp - b_delta[None, :])

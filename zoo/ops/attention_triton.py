@@ -155,10 +155,10 @@ def error_of_kernels(device: torch.device, dtype: torch.dtype, K: int, block: in
     keys, values = (torch.cat([*wide[3 + i : 4 + i], wide[1 + i]], 1) for i in range(2))
     scores = torch.einsum("bthk,bshk->bhts", wide[0], keys) * K**-0.5
     expected = torch.einsum("bhts,bshk->bthk", scores.masked_fill(~visible, -torch.inf).softmax(-1), values)
-    got = [y, *torch.autograd.grad(y, narrow, dy.to(device))]
-    want = [expected, *torch.autograd.grad(expected, wide, dy.double())]
+    got = [y.detach(), *torch.autograd.grad(y, narrow, dy.to(device))]
+    want = [expected.detach(), *torch.autograd.grad(expected, wide, dy.double())]
     allowed = {torch.float32: 2e-5, torch.float16: 2e-3}.get(dtype, 1.6e-2)
-    error = torch.stack([(a.detach().cpu() - b.detach()).norm() / b.norm() for a, b in zip(got, want, strict=True)])
+    error = torch.stack([(a.cpu() - b).norm() / b.norm() for a, b in zip(got, want, strict=True)])
     return float(error.max()) / allowed if bool(error.isfinite().all()) else float("inf")
 
 
