@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.ops.documents import document_slices
+from zoo.ops.linear_attention_triton import kernel, on_triton, product_type
 
 CHUNK = 64  # tokens: inside a chunk the work per token grows with its size, the states' falls
 
@@ -19,7 +20,12 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | No
     S_T [B, H, K, V] float32). A column of ones in v adds up the weights (2006.16236 eq. 9-12).
     float64 inputs are computed in float64. With cu_seqlens [N + 1] (int32 or int64, on the device), N documents stand
     one after the other in a row, B = 1, and states are [N, H, K, V], one a document; an empty document passes its on.
+
+    K and V to 256 have Triton kernels. Their products take the inputs' 16-bit type if one of them has one (as autocast
+    would), and sums are float32; the eager path computes in float32 throughout. Scores of fp16 inputs are fp16 there.
     """
+    if kernel.chosen(product_type(q, k, v), q.shape[-1], v.shape[-1]):
+        return on_triton(q, k, v, initial_state, cu_seqlens)
     dtype = torch.promote_types(v.dtype, torch.float32)
     if initial_state is None:
         rows = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
