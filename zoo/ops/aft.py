@@ -16,6 +16,9 @@ Ops take and return the caller's dtype and compute in float32 (float64 for float
 its own, so that training does not pay for one. With `cu_seqlens` [N + 1] (int32 or int64, on the device, ascending from
 0 to T) N documents stand one after the other in a row, B = 1, and each begins anew: positions, and so rows and columns
 of a bias table, count from its own first token. Documents are not continued: no `sums`, no `cache`.
+
+What is here in PyTorch is also the reference of the kernels, which zoo/ops/aft_triton.py puts in its place for simple,
+local and full where there is no state and one bias for the batch: whole sequences, that is, as in training.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.errors import ZooError
+from zoo.ops.aft_triton import FULL, LOCAL, SIMPLE, biased, simple
 from zoo.ops.documents import document_slices
 from zoo.ops.untraced import untraced
 
@@ -54,6 +58,8 @@ class Cache(NamedTuple):
 
 def aft_simple(q: Tensor, k: Tensor, v: Tensor, sums: Sums | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """w_ts = 0 (equation 5). q, k, v [B, T, D] -> y [B, T, D]. `sums`: the tokens before."""
+    if sums is None and SIMPLE.chosen(k):
+        return simple(q, k, v, cu_seqlens)
     if cu_seqlens is not None:
         return _by_document(cu_seqlens, sums, None, q, lambda i: aft_simple(q[:, i], k[:, i], v[:, i]))
     if not q.shape[1]:
@@ -68,6 +74,8 @@ def aft_local(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sums: Sums | None =
     q, k, v [B, T, D]; bias [T, W], or [B, T, W] for rows at different positions -> y [B, T, D]. To continue, `cache`
     holds the W - 1 tokens before and `sums` all that are older.
     """
+    if sums is None and cache is None and bias.ndim == 2 and LOCAL.chosen(k):
+        return biased(q, k, v, bias, True, cu_seqlens)
     if cu_seqlens is not None:
         return _by_document(cu_seqlens, sums, cache, q, lambda i: aft_local(
             q[:, i], k[:, i], v[:, i], bias[..., : i.stop - i.start, :]))
@@ -97,6 +105,8 @@ def aft_full(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, cache: Cache | None 
     """w_ts = bias[t, s]. q, k, v [B, T, D]; bias [T, S + T], or [B, T, S + T] for rows at different positions
     -> y [B, T, D]. Columns are the S tokens in `cache` (0 without one), then the new ones.
     """
+    if cache is None and bias.ndim == 2 and FULL.chosen(k):
+        return biased(q, k, v, bias, False, cu_seqlens)
     if cu_seqlens is not None:
         return _by_document(cu_seqlens, None, cache, q, lambda i: aft_full(
             q[:, i], k[:, i], v[:, i], bias[..., : i.stop - i.start, : i.stop - i.start]))

@@ -1,0 +1,189 @@
+"""AFT's kernels as ops that torch.compile, autograd and the FLOP counter see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from zoo.errors import ZooError
+from zoo.ops.backend import Kernel, use_backend
+from zoo.ops.documents import check_documents
+
+
+def simple(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """aft_simple without a state, on its kernels."""
+    if cu_seqlens is not None:
+        check_documents(q, cu_seqlens)
+    return _simple(_rows(q), _rows(k), _rows(v), cu_seqlens)[0]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x, or a copy where its last axis is not contiguous; the kernels take any other stride."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@torch.library.custom_op("zoo::aft_simple", mutates_args=())
+def _simple(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    from zoo.kernels import aft_simple
+
+    return aft_simple.forward(q, k, v, cu_seqlens)
+
+
+@_simple.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    from zoo.kernels import aft_simple
+
+    return q.new_empty(q.shape), q.new_empty(aft_simple.states_shape(q, cu_seqlens), dtype=torch.float32)
+
+
+@torch.library.custom_op("zoo::aft_simple_backward", mutates_args=())
+def _simple_backward(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, states: Tensor,
+                     cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    from zoo.kernels import aft_simple
+
+    return aft_simple.backward(q, k, v, _rows(dy), states, cu_seqlens)
+
+
+@_simple_backward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, states: Tensor,
+      cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _simple_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], output[1], inputs[3])
+    ctx.set_materialize_grads(False)
+
+
+def _simple_vjp(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return None, None, None, None
+    q, k, v, states, cu_seqlens = ctx.saved_tensors
+    return *_simple_backward(q, k, v, dy, states, cu_seqlens), None
+
+
+_simple.register_autograd(_simple_vjp, setup_context=_simple_setup)
+
+
+@register_flop_formula(torch.ops.zoo.aft_simple)
+def _simple_flops(q: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    """Two multiply-adds a token and channel, for num and den."""
+    return 4 * q[0] * q[1] * q[2]
+
+
+@register_flop_formula(torch.ops.zoo.aft_simple_backward)
+def _simple_backward_flops(q: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    return 2 * _simple_flops(q)
+
+
+def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, local: bool, cu_seqlens: Tensor | None) -> Tensor:
+    """aft_local or aft_full without a state, under one bias for the batch, on their kernels."""
+    if cu_seqlens is not None:
+        check_documents(q, cu_seqlens)
+    elif len(bias) != q.shape[1] or not (local or bias.shape[1] == q.shape[1]):
+        raise ZooError(f"bias is {list(bias.shape)} for T={q.shape[1]}; allowed: [T, {'W' if local else 'T'}]")
+    return _biased(_rows(q), _rows(k), _rows(v), _rows(bias), local, cu_seqlens)[0]
+
+
+@torch.library.custom_op("zoo::aft_biased", mutates_args=())
+def _biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, local: bool,
+            cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """-> y, and for the backward pass the mean as v and float32 den: B T C (bytes of v + 4) beside the inputs.
+
+    While it lasts the backward pass has two [B, T, C] factors as v (float32 for fp16), and float32 tiles of the bias's
+    gradient, one [T, T] (full) or [T, W + 2 block] (local) for each of a few shares.
+    """
+    from zoo.kernels import aft
+
+    return aft.forward(q, k, v, bias, local, cu_seqlens)
+
+
+@_biased.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, local: bool,
+      cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), v.new_empty(v.shape), q.new_empty(q.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("zoo::aft_biased_backward", mutates_args=())
+def _biased_backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dy: Tensor, mean: Tensor, den: Tensor, local: bool,
+                     cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from zoo.kernels import aft_backward
+
+    return aft_backward.backward(q, k, v, bias, _rows(dy), mean, den, local, cu_seqlens)
+
+
+@_biased_backward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dy: Tensor, mean: Tensor, den: Tensor, local: bool,
+      cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias.new_empty(bias.shape)
+
+
+def _biased_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], *output[1:], inputs[5])
+    ctx.local = inputs[4]
+    ctx.set_materialize_grads(False)
+
+
+def _biased_vjp(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 6
+    q, k, v, bias, mean, den, cu_seqlens = ctx.saved_tensors
+    return *_biased_backward(q, k, v, bias, dy, mean, den, ctx.local, cu_seqlens), None, None
+
+
+_biased.register_autograd(_biased_vjp, setup_context=_biased_setup)
+
+
+@register_flop_formula(torch.ops.zoo.aft_biased)
+def _biased_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], bias: tuple[int, ...], local: bool,
+                  *args: Any, **kwargs: Any) -> int:
+    """Two multiply-adds a channel for every (row, key) pair with a bias, and for what is further back."""
+    pairs = q[1] * min(q[1], bias[1] + 1) if local else q[1] * (q[1] + 1) // 2
+    return 4 * q[0] * q[2] * pairs
+
+
+@register_flop_formula(torch.ops.zoo.aft_biased_backward)
+def _biased_backward_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], bias: tuple[int, ...],
+                           dy: tuple[int, ...], mean: tuple[int, ...], den: tuple[int, ...], local: bool,
+                           *args: Any, **kwargs: Any) -> int:
+    """The products for keys and values, and those for the bias."""
+    return 2 * _biased_flops(q, k, v, bias, local)
+
+
+def _largest_error(ours: list[Tensor], exact: list[Tensor], dtype: torch.dtype) -> float:
+    """Over tensors, the error's norm relative to the tensor's, as a multiple of what is allowed."""
+    errors = [(x.double() - e).norm() / e.norm() for x, e in zip(ours, exact, strict=True)]
+    worst = torch.stack(errors).max().item()  # NaN where one is
+    return worst / (1e-4 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps)
+
+
+def _test(op: str, device: torch.device, dtype: torch.dtype) -> float:
+    """More than two blocks, ragged, with an outlier that takes the slow way; against eager float64."""
+    from zoo.ops import aft
+
+    length, generator = 300, torch.Generator().manual_seed(0)
+    q, k, v, dy = torch.randn(4, 2, length, 40, generator=generator, dtype=torch.float64).unbind()
+    k[1, length // 2] = 60
+    q, k, v, dy = (x.to(device, dtype) for x in (q, k, v, dy))
+    columns = {"simple": 0, "full": length, "local": 20}[op]
+    bias = torch.randn(length, columns, generator=generator).to(device)
+    leaves = [x.double().requires_grad_() for x in ((q, k, v, bias) if columns else (q, k, v))]
+    with use_backend("eager"):
+        exact = getattr(aft, f"aft_{op}")(*leaves)
+    gradients = torch.autograd.grad(exact, leaves, dy.double())
+    if columns:
+        y, mean, den = _biased(q, k, v, bias, op == "local", None)
+        ours = [y, *_biased_backward(q, k, v, bias, dy, mean, den, op == "local", None)]
+    else:
+        y, states = _simple(q, k, v, None)
+        ours = [y, *_simple_backward(q, k, v, dy, states, None)]
+    return _largest_error(ours, [exact.detach(), *gradients], dtype)
+
+
+SIMPLE = Kernel("aft_simple", lambda device, dtype, _: _test("simple", device, dtype))
+LOCAL = Kernel("aft_local", lambda device, dtype, _: _test("local", device, dtype), file="aft",
+               sources=("aft_backward",))
+FULL = Kernel("aft_full", lambda device, dtype, _: _test("full", device, dtype), file="aft", sources=("aft_backward",))
