@@ -228,7 +228,8 @@ total = sum(each for each, _ in seconds)
 print(f"first step {{spent:.1f}} s, {{len(seconds)}} kernels {{total:.1f}} s", sorted(seconds)[-4:])
 assert 0 < total < 30
 """
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     print(model, done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -120,7 +120,8 @@ class LanguageModel(nn.Module):
     @property
     def max_len(self) -> int | None:
         """The longest sequence the model can see, None for any."""
-        return min((mixer.max_len for _, mixer in self.mixers() if mixer.max_len is not None), default=None)
+        limits = [mixer.max_len for _, mixer in self.mixers() if mixer.max_len is not None]
+        return min(limits) if limits else None  # min(..., default=None) would break torch.compile's graph
 
     def check_length(self, length: int) -> None:
         """Raise ZooError where `length` tokens are past the model's limit."""
