@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.ops.linear_attention import linear_attention
+from zoo.ops.favor_triton import kernel, on_triton
+from zoo.ops.linear_attention import eager
+from zoo.ops.linear_attention_triton import product_type
 
 EPS = 1e-30  # far below the normaliser of keys that attention can see, and 1 / EPS leaves gradients room in float32
 
@@ -60,8 +62,16 @@ def favor_attention(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, initial
 
     With cu_seqlens [N + 1] (int32 or int64, on the device), N documents stand one after the other in a row, B = 1, and
     states are [N, H, m, V+1], one a document; an empty document passes its on.
+
+    Triton kernels take sizes to 1024 each, and projections that are not trained. Products take bf16 if q, k or v has
+    it (exponents with float32's digits all the same), TF32 for fp16, which could not hold the features, else float32;
+    sums are float32. The eager path computes in float32 throughout.
     """
+    trained = projection.requires_grad and torch.is_grad_enabled()
+    sizes = q.shape[-1], v.shape[-1], len(projection)
+    if not trained and kernel.chosen(product_type(q, k, v), *sizes):
+        return on_triton(q, k, v, projection, initial_state, max_key_norm, cu_seqlens)
     phi_q, phi_k = favor_features(q.transpose(1, 2), k.transpose(1, 2), projection, max_key_norm)
     values = F.pad(v.to(phi_k.dtype), (0, 1), value=1.0)
-    y, state = linear_attention(phi_q.transpose(1, 2), phi_k.transpose(1, 2), values, initial_state, cu_seqlens)
+    y, state = eager(phi_q.transpose(1, 2), phi_k.transpose(1, 2), values, initial_state, cu_seqlens)
     return (y[..., :-1] / (y[..., -1:] + EPS)).to(v.dtype), state

@@ -26,6 +26,12 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | No
     """
     if kernel.chosen(product_type(q, k, v), q.shape[-1], v.shape[-1]):
         return on_triton(q, k, v, initial_state, cu_seqlens)
+    return eager(q, k, v, initial_state, cu_seqlens)
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None,
+          cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """linear_attention in PyTorch."""
     dtype = torch.promote_types(v.dtype, torch.float32)
     if initial_state is None:
         rows = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
@@ -33,14 +39,14 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | No
     state = initial_state.to(dtype)
     with torch.autocast(q.device.type, enabled=False):
         if cu_seqlens is None:
-            return _eager(q, k, v, state)
-        documents = [_eager(q[:, i], k[:, i], v[:, i], state[n : n + 1])
+            return _chunked(q, k, v, state)
+        documents = [_chunked(q[:, i], k[:, i], v[:, i], state[n : n + 1])
                      for n, i in enumerate(document_slices(q, cu_seqlens))]
     y, states = zip(*documents, strict=True)
     return torch.cat(y, dim=1), torch.cat(states)
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _chunked(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """linear_attention of a batch, in the state's type."""
     T = q.shape[1]
     if T == 0:
