@@ -6,9 +6,9 @@ With a_t = dy_t sigmoid(q_t) / den_t as a multiple of exp(-e_i) and b_t = -a_t m
     dw_ts = A_ts sum over batch and channels of exp(k_s - e_i) (a_t v_s + b_t).
 
 `columns` walks from the last rows back to a block of keys, its two sums as multiples of exp(-e_i): e never falls, so
-the factor from one block to the one before is <= 1. `tiles` makes the sums of dw_ts a tile at a time over a share of batch
-and channels; shares are added in a fixed order. Blocks whose keys rise past LIMIT are treated one row at a time, as in
-the forward pass, where den is held as a multiple of exp(the running maximum) instead of exp(e_i).
+the factor from one block to the one before is <= 1. `tiles` makes the sums of dw_ts a tile at a time over a share of
+batch and channels; shares are added in a fixed order. Blocks whose keys rise past LIMIT are treated one row at a time,
+as in the forward pass, where den is held as a multiple of exp(the running maximum) instead of exp(e_i).
 """
 
 from __future__ import annotations

@@ -1,0 +1,272 @@
+"""AFT's kernels against the eager ops in float64, at the inputs that break such code."""
+
+from __future__ import annotations
+
+import kernel_cases
+import pytest
+import torch
+from kernel_cases import check_against_float64, interpreted, outputs_and_gradients
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from zoo.errors import ZooError
+from zoo.ops import aft_triton
+from zoo.ops.aft import EMPTY, Sums, aft_full, aft_local, aft_simple
+from zoo.ops.backend import use_backend
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OPS = ("simple", "full", "local")
+Inputs = dict[str, Tensor]
+
+
+def op(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None,
+       cu_seqlens: Tensor | None = None) -> Tensor:
+    if name == "simple":
+        return aft_simple(q, k, v, cu_seqlens=cu_seqlens)
+    return (aft_full if name == "full" else aft_local)(q, k, v, bias, cu_seqlens=cu_seqlens)
+
+
+def plain(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Equation 2 as one writes it, all in one dtype but for the softmax's own sums."""
+    length = q.shape[1]
+    t = torch.arange(length, device=q.device)
+    distance = t.unsqueeze(1) - t
+    w = q.new_zeros(length, length)
+    if name == "full":
+        w = bias
+    elif name == "local":
+        window = bias.shape[1]
+        w = torch.where(distance < window, bias.gather(1, distance.clamp(0, window - 1)), 0)
+    p = (k.unsqueeze(1) + w.unsqueeze(-1)).masked_fill((distance < 0).unsqueeze(-1), -torch.inf).softmax(2)
+    return q.sigmoid() * (p * v.unsqueeze(1)).sum(2)
+
+
+def inputs(name: str, length: int, channels: int, batch: int = 2, window: int = 19, outlier: float = 0) -> Inputs:
+    generator = torch.Generator().manual_seed(length + channels)
+    q, k, v = torch.randn(3, batch, length, channels, generator=generator, dtype=torch.float64).unbind()
+    if outlier:
+        k[-1, length // 2, ::3] = outlier
+    made = {"q": q, "k": k, "v": v}
+    if name != "simple":
+        columns = length if name == "full" else window
+        made["bias"] = torch.randn(length, columns, generator=generator, dtype=torch.float64)
+    return {key: x.to(DEVICE) for key, x in made.items()}
+
+
+def check(name: str, given: Inputs, dtype: torch.dtype = torch.float32) -> None:
+    if given["q"].shape[1] == 1:  # gradients of k and of the bias are 0, and an error has nothing to be relative to
+        with use_backend("eager"):
+            expected = outputs_and_gradients(lambda **x: op(name, **x), {k: x.to(dtype) for k, x in given.items()})
+        for key, x in ours(name, given, dtype).items():
+            torch.testing.assert_close(x, expected[key], atol=8 * torch.finfo(dtype).eps, rtol=1e-2, msg=key)
+        return
+    check_against_float64(lambda **x: op(name, **x), lambda **x: op(name, **x), lambda **x: plain(name, **x), given,
+                          dtype)
+
+
+def ours(name: str, given: Inputs, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    with use_backend("triton"), kernel_cases.nan_memory():
+        return outputs_and_gradients(lambda **x: op(name, **x),
+                                     {key: x.to(dtype) if x.is_floating_point() else x for key, x in given.items()})
+
+
+@interpreted
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(("length", "channels"), [(1, 3), (3, 20), (16, 2), (17, 4), (35, 3)])
+def test_small_shapes(name: str, length: int, channels: int) -> None:
+    check(name, inputs(name, length, channels))
+
+
+@interpreted
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("keys", [30.0, 1e4, -90.0])
+def test_outliers(name: str, keys: float) -> None:
+    given = inputs(name, 34, 3, batch=1, outlier=keys)
+    if keys < 0:
+        given["k"] = keys * given["k"].sign()
+    check(name, given)
+
+
+@pytest.mark.parametrize("name", ["full", "local"])
+def test_extreme_biases(name: str) -> None:
+    given = inputs(name, 34, 3, batch=1)
+    for value in (-1e4, 1e4):
+        given["bias"][:, 3] = value
+        expected = outputs_and_gradients(lambda **x: op(name, **x), given)
+        for key, x in ours(name, given).items():
+            torch.testing.assert_close(x.double(), expected[key], atol=1e-4, rtol=1e-4, msg=f"{key} at {value}")
+
+
+@pytest.mark.parametrize("window", [1, 2, 18])
+def test_any_window(window: int) -> None:
+    check("local", inputs("local", 40, 2, batch=1, window=window))
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("lengths", [[5, 0, 17, 1], [0, 20, 0]])
+def test_documents_do_not_touch(name: str, lengths: list[int]) -> None:
+    given = inputs(name, sum(lengths), 3, batch=1, outlier=40)
+    if name == "full":  # a table for the longest document alone
+        given["bias"] = given["bias"][: max(lengths), : max(lengths)]
+    given["cu_seqlens"] = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
+    with use_backend("eager"):
+        expected = outputs_and_gradients(lambda **x: op(name, **x), given)
+    for key, x in ours(name, given).items():
+        torch.testing.assert_close(x.double(), expected[key], atol=2e-5, rtol=2e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("future", ["random", "outliers", "nan"])
+def test_no_output_knows_the_future(name: str, future: str) -> None:
+    """simple to the bit; the others to rounding where an outlier sends a block the slow way, and to the bit before it.
+    NaN may spoil the rows of its own block of 16 (here), where zero weights meet it in a product."""
+    given = {key: x.float() for key, x in inputs(name, 30, 2, batch=1).items()}
+    with use_backend("triton"):
+        before = op(name, **given)
+        for cut in (1, 16, 17):
+            changed = dict(given)
+            for key in ("q", "k", "v"):
+                changed[key] = given[key].clone()
+                scale = {"random": 1, "outliers": 100, "nan": torch.nan}[future]
+                changed[key][:, cut:] = scale * torch.randn_like(given[key][:, cut:])
+            after = op(name, **changed)
+            block = cut if name == "simple" else cut // (16 if DEVICE == "cpu" else 128) * 16
+            assert torch.equal(after[:, :block], before[:, :block]), cut
+            if future != "nan":
+                torch.testing.assert_close(after[:, :cut], before[:, :cut], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_strides_and_expanded_gradients(name: str) -> None:
+    given = {key: x.float() for key, x in inputs(name, 20, 4).items()}
+    fused = torch.cat([given["q"], given["k"], given["v"]], -1)
+    wide = torch.cat([torch.full_like(fused[:, :1], torch.nan), fused], 1)[:, 1:]
+    split = {**given, **dict(zip("qkv", wide.split(4, -1), strict=True))}
+    split["v"] = given["v"].transpose(1, 2).contiguous().transpose(1, 2)  # not even the last axis is contiguous
+    found = []
+    for tensors in (given, split):
+        leaves = {key: x.detach().requires_grad_() for key, x in tensors.items()}
+        with use_backend("triton"):
+            y = op(name, **leaves)
+            y.sum().backward()
+        found.append([y.detach(), *(x.grad for x in leaves.values())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_two_runs_are_equal_to_the_bit(name: str) -> None:
+    given = inputs(name, 20, 4, outlier=40)
+    first, second = ours(name, given), ours(name, given)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_empty_row(name: str) -> None:
+    given = {key: x.float() for key, x in inputs(name, 4, 4).items()}
+    for key in given:
+        given[key] = given[key][:, :0] if key in ("q", "k", "v") or name == "full" else given[key][:0]
+    if name == "full":
+        given["bias"] = given["bias"][:0]
+    with use_backend("triton"):
+        assert op(name, **given).shape == (2, 0, 4)
+
+
+def test_a_bias_of_the_wrong_shape_is_refused() -> None:
+    given = {key: x.float() for key, x in inputs("full", 6, 4).items()}
+    with use_backend("triton"), pytest.raises(ZooError, match=r"allowed: \[T, T\]"):
+        aft_full(given["q"][:, :5], given["k"][:, :5], given["v"][:, :5], given["bias"])
+
+
+def test_a_state_is_continued_without_kernels() -> None:
+    q, k, v = (x.float() for x in inputs("simple", 3, 4).values())
+    empty = Sums(torch.full_like(k[:, 0], EMPTY), torch.zeros_like(v[:, 0]), torch.zeros_like(v[:, 0]))
+    with use_backend("triton"):
+        torch.testing.assert_close(aft_simple(q, k, v, empty), aft_simple(q, k, v))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_registered_as_torch_asks(name: str) -> None:
+    given = [x.float().requires_grad_() for x in inputs(name, 5, 4, batch=1, window=3).values()]
+    call = aft_triton._simple if name == "simple" else aft_triton._biased
+    arguments = (*given, None) if name == "simple" else (*given, name == "local", None)
+    torch.library.opcheck(call, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_one_graph(name: str) -> None:
+    given = [x.float().requires_grad_() for x in inputs(name, 5, 4, batch=1, window=3).values()]
+    with use_backend("triton"):
+        compiled = torch.compile(lambda *x: op(name, *x), fullgraph=True, backend="aot_eager")
+        y = op(name, *given)
+        expected = torch.autograd.grad(y.sum(), given)
+        actual = torch.autograd.grad(compiled(*given).sum(), given)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_flops() -> None:
+    for name, pairs in (("simple", 8), ("full", 36), ("local", 8 * 4)):
+        given = [x.float().requires_grad_() for x in inputs(name, 8, 4, batch=1, window=3).values()]
+        with use_backend("triton"), FlopCounterMode(display=False) as counter:
+            op(name, *given).sum().backward()
+        assert counter.get_total_flops() == 3 * 4 * 4 * pairs
+
+
+def test_autocast_and_mixed_types() -> None:
+    given = {key: x.float().requires_grad_() for key, x in inputs("full", 12, 4).items()}
+    with use_backend("triton"), torch.autocast(DEVICE, torch.bfloat16):
+        y = op("full", given["q"], given["k"], given["v"].bfloat16(), given["bias"])
+        y.sum().backward()
+    assert y.dtype is torch.float32
+    with use_backend("eager"):
+        torch.testing.assert_close(y, op("full", **given), atol=3e-2, rtol=3e-2)
+    assert all(x.grad is not None and x.grad.dtype is torch.float32 for x in given.values())
+
+
+# On a GPU, in blocks of the sizes that are used.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+@pytest.mark.parametrize(("length", "channels"), [(1, 16), (3, 40), (15, 256), (17, 64), (63, 24), (64, 192), (65, 96),
+                                                  (127, 160), (129, 80), (300, 128)])
+def test_grid(name: str, dtype: torch.dtype, length: int, channels: int) -> None:
+    check(name, inputs(name, length, channels, window=33, batch=1 if length == 300 else 2), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+@pytest.mark.parametrize("outlier", [60.0, 1e4])
+def test_outliers_in_large_blocks(name: str, dtype: torch.dtype, outlier: float) -> None:
+    check(name, inputs(name, 260, 64, batch=1, outlier=outlier), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPS)
+def test_long_rows_and_documents(name: str) -> None:
+    lengths = [700, 0, 1, 299]
+    given = inputs(name, 1000, 96, batch=1, outlier=40)
+    given["cu_seqlens"] = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
+    with use_backend("eager"):
+        expected = outputs_and_gradients(lambda **x: op(name, **x), given)
+    for key, x in ours(name, given).items():
+        assert kernel_cases.relative_error(x, expected[key]) < 1e-5, key
+
+
+def builds() -> None:
+    """Every kernel in the benchmark's shapes and types, for tests/kernel_builds.py."""
+    from zoo.kernels import aft, aft_backward
+    from zoo.kernels import aft_simple as scan
+
+    for dtype in (torch.bfloat16, torch.float32):
+        q, k, v, dy = (torch.zeros(2, 1024, 512, dtype=dtype) for _ in range(4))
+        _, states = scan.forward(q, k, v, None)
+        scan.backward(q, k, v, dy, states, None)
+        for local, columns in ((False, 1024), (True, 32)):
+            bias = torch.zeros(1024, columns)
+            _, mean, den = aft.forward(q, k, v, bias, local, None)
+            aft_backward.backward(q, k, v, bias, dy, mean, den, local, None)
