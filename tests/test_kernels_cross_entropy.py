@@ -1,0 +1,318 @@
+"""The linear head with cross-entropy on its kernels, against float64 and beside plain PyTorch in the same dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_cases import DTYPES, check_against_float64, interpreted, nan_memory, relative_error
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from zoo.errors import ZooError
+from zoo.ops import cross_entropy, cross_entropy_triton
+from zoo.ops.backend import use_backend
+from zoo.ops.cross_entropy import linear_cross_entropy
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IGNORED = -100
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for every vocabulary, and pieces of 128 rows or columns in the small problems here."""
+    kernels = pytest.importorskip("zoo.kernels.cross_entropy")
+    monkeypatch.setattr(cross_entropy, "PLAIN_VOCABULARY", 0)
+    monkeypatch.setattr(kernels, "LEAST", 1)
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(kernels, "ALIGNED", 16)
+        monkeypatch.setattr(kernels, "WHOLE", 64)
+
+
+def inputs(N: int, D: int, V: int, ignored: float = 0.2, scale: float = 1.0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(N + D + V)
+    x = torch.randn(N, D, generator=generator, dtype=torch.float64)
+    weight = scale * torch.randn(V, D, generator=generator, dtype=torch.float64) / D**0.5
+    targets = torch.randint(V, (N,), generator=generator)
+    targets[torch.rand(N, generator=generator) < ignored] = IGNORED
+    return {"x": x.to(DEVICE), "weight": weight.to(DEVICE), "targets": targets.to(DEVICE)}
+
+
+def plain(reduction: str = "mean", z_loss: float = 0.0) -> Callable[..., Tensor]:
+    """What a user would write; the mean over no token at all is 0."""
+    def loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        logits = F.linear(x, weight)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        counted = targets != IGNORED
+        losses = F.cross_entropy(logits, targets, reduction="none") + z_loss * logits.logsumexp(1).square() * counted
+        if reduction == "none":
+            return losses
+        return losses.sum() / (counted.sum().clamp(min=1) if reduction == "mean" else 1)
+    return loss
+
+
+def ours(reduction: str = "mean", z_loss: float = 0.0) -> Callable[..., Tensor]:
+    return lambda x, weight, targets: linear_cross_entropy(x, weight, targets, reduction=reduction, z_loss=z_loss)
+
+
+def check(N: int, D: int, V: int, dtype: torch.dtype, reduction: str, z_loss: float = 0.0, **options: float) -> None:
+    check_against_float64(ours(reduction, z_loss), plain(reduction, z_loss), plain(reduction, z_loss),
+                          inputs(N, D, V, **options), dtype)
+
+
+# (37, 8, 90): a slice at a time, rows in two blocks; (400, 8, 20): both gradients in the forward pass, in chunks
+@interpreted
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("N", "D", "V"), [(1, 8, 5), (37, 8, 90), (50, 5, 33), (130, 7, 17)])
+def test_losses_and_gradients(N: int, D: int, V: int, reduction: str) -> None:
+    check(N, D, V, torch.float32, reduction, z_loss=1e-2 if D == 8 else 0.0)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("N", "V", "reduction"), [(37, 90, "mean"), (130, 17, "mean"), (37, 90, "none")])
+def test_half_precision(N: int, V: int, reduction: str, dtype: torch.dtype) -> None:
+    check(N, 8, V, dtype, reduction, z_loss=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "D", "V", "reduction", "z_loss"), [
+    (1, 16, 1000, "mean", 0.0), (65, 24, 1000, "none", 1e-3), (129, 64, 8192, "mean", 1e-3),
+    (1000, 40, 257, "mean", 0.0),
+    (1000, 768, 50257, "mean", 1e-3), (777, 80, 50304, "none", 0.0), (4099, 128, 1023, "sum", 0.0),
+    (3000, 256, 12345, "sum", 1e-3), (127, 16, 2, "mean", 1e-3)])
+def test_losses_and_gradients_on_a_gpu(N: int, D: int, V: int, reduction: str, z_loss: float,
+                                       dtype: torch.dtype) -> None:
+    check(N, D, V, dtype, reduction, z_loss)
+
+
+@pytest.mark.parametrize(("N", "V"), [(37, 90), (400, 20)])
+def test_extreme_logits_stay_finite(N: int, V: int) -> None:
+    """Logits of hundreds: a softmax that is one-hot, right or wrong; and logits known to their last bit, 2^-15."""
+    given = inputs(N, 8, V, scale=100.0)
+    wide = [given[name].float().double().requires_grad_() for name in ("x", "weight")]
+    want = plain()(*wide, given["targets"])
+    x, weight = (each.detach().float().requires_grad_() for each in wide)
+    with use_backend("triton"), nan_memory():
+        got = linear_cross_entropy(x, weight, given["targets"])
+    pairs = zip((got, *torch.autograd.grad(got, (x, weight))), (want, *torch.autograd.grad(want, wide)), strict=True)
+    assert all(relative_error(one, exact) < 2**-15 for one, exact in pairs)
+
+
+@pytest.mark.parametrize(("N", "V"), [(37, 90), (400, 20)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nothing_to_predict_is_a_loss_of_zero(N: int, V: int, reduction: str) -> None:
+    given = inputs(N, 8, V, ignored=2.0)
+    x, weight = (given[name].float().requires_grad_() for name in ("x", "weight"))
+    with use_backend("triton"), nan_memory():
+        loss = linear_cross_entropy(x, weight, given["targets"], reduction=reduction, z_loss=1e-2)
+        loss.sum().backward()
+    assert not loss.any()
+    assert not x.grad.any()
+    assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dx", [True, False])
+def test_one_gradient_alone(dx: bool, reduction: str) -> None:
+    given = inputs(400, 8, 20)
+    both = [given[name].float().requires_grad_() for name in ("x", "weight")]
+    alone = [each.detach().requires_grad_(wanted) for each, wanted in zip(both, (dx, not dx), strict=True)]
+    with use_backend("triton"), nan_memory():
+        for x, weight in (both, alone):
+            linear_cross_entropy(x, weight, given["targets"], reduction=reduction).sum().backward()
+    for one, same in zip(alone, both, strict=True):
+        assert (one.grad is not None) == one.requires_grad
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, same.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("V", [20, 90])
+def test_strided_inputs(V: int) -> None:
+    """Columns of a wider x, a transposed weight, every other target, and one loss's cotangent for all of them."""
+    given = inputs(150, 8, V)
+    wide = torch.cat([given["x"]] * 2, 1).float()
+    with use_backend("triton"), nan_memory():
+        found = []
+        for x, weight, targets in (
+                (given["x"].float(), given["weight"].float(), given["targets"]),
+                (wide[:, 8:], given["weight"].float().mT.contiguous().mT, given["targets"].repeat_interleave(2)[::2]),
+                (given["x"].float().mT.contiguous().mT, given["weight"].float(), given["targets"])):
+            leaves = x.requires_grad_(), weight.requires_grad_()
+            for reduction in ("none", "mean"):
+                loss = linear_cross_entropy(*leaves, targets, reduction=reduction).sum()
+                found.append((loss, *torch.autograd.grad(loss, leaves)))
+    for i, each in enumerate(found[2:]):
+        for one, same in zip(each, found[i % 2], strict=True):
+            torch.testing.assert_close(one, same, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("N", "V", "reduction"), [(400, 20, "mean"), (60, 90, "mean"), (60, 90, "none")])
+def test_every_run_is_the_same_to_the_bit(N: int, V: int, reduction: str) -> None:
+    given = inputs(N, 8, V)
+    x, weight = (given[name].float().requires_grad_() for name in ("x", "weight"))
+    with use_backend("triton"):
+        runs = [(loss, *torch.autograd.grad(loss.sum(), (x, weight))) for loss in (
+            linear_cross_entropy(x, weight, given["targets"], reduction=reduction) for _ in range(2))]
+    for one, same in zip(*runs, strict=True):
+        assert torch.equal(one, same)
+
+
+@pytest.mark.parametrize("V", [20, 90])
+def test_float32_weight_under_autocast_gets_a_float32_gradient(V: int) -> None:
+    given = inputs(400, 8, V)
+    x, weight = (given[name].float().requires_grad_() for name in ("x", "weight"))
+    rounded = [each.detach().bfloat16().double().requires_grad_() for each in (x, weight)]
+    want = torch.autograd.grad(plain()(*rounded, given["targets"]), rounded)
+    with use_backend("triton"), nan_memory(), torch.autocast(DEVICE, torch.bfloat16):
+        got = torch.autograd.grad(linear_cross_entropy(x, weight, given["targets"]), (x, weight))
+    assert all(each.dtype == torch.float32 for each in got)
+    assert all(relative_error(g, w) < 0.01 for g, w in zip(got, want, strict=True))
+    assert not torch.equal(got[1], got[1].bfloat16().float())
+
+
+@pytest.mark.parametrize("V", [20, 90])
+def test_small_cotangents_in_float16(V: int) -> None:
+    """The mean over many tokens: a probability over their number is below float16's range."""
+    given = inputs(400, 8, V)
+    x, weight = (given[name].half().requires_grad_() for name in ("x", "weight"))
+    wide = [each.detach().double().requires_grad_() for each in (x, weight)]
+    want = torch.autograd.grad(plain("sum")(*wide, given["targets"]), wide[1])[0]
+    with use_backend("triton"), nan_memory():
+        for reduction in ("sum", "none"):
+            loss = linear_cross_entropy(x, weight, given["targets"], reduction=reduction).sum()
+            got = torch.autograd.grad(loss * 2.0**-9, weight)[0]
+            assert relative_error(got.double() * 2.0**9, want) < 0.01
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_target_that_is_no_class_shows(reduction: str) -> None:
+    given = inputs(60, 8, 90)
+    given["targets"][3] = 90
+    with use_backend("triton"):
+        loss = linear_cross_entropy(given["x"].float(), given["weight"].float(), given["targets"], reduction=reduction)
+    assert loss.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("kind", ["total", "each"])
+def test_registration(kind: str) -> None:
+    given = inputs(40, 8, 20)
+    x, weight, targets = given["x"].float().requires_grad_(), given["weight"].float().requires_grad_(), given["targets"]
+    if kind == "total":
+        torch.library.opcheck(torch.ops.zoo.cross_entropy_total, (x, weight, targets, IGNORED, 0.1))
+        loss, dx, dweight = torch.ops.zoo.cross_entropy_total(x, weight, targets, IGNORED, 0.1)
+        assert not dx.requires_grad
+        torch.library.opcheck(torch.ops.zoo.cross_entropy_total_backward, (loss.detach(), dx, dweight, torch.float32))
+    else:
+        torch.library.opcheck(torch.ops.zoo.cross_entropy, (x, weight, targets, IGNORED, 0.1, True, True))
+        losses, lse, dx = torch.ops.zoo.cross_entropy(x.detach(), weight.detach(), targets, IGNORED, 0.1, True, True)
+        torch.library.opcheck(torch.ops.zoo.cross_entropy_backward, (
+            losses, x.detach(), weight.detach(), targets, lse, dx, IGNORED, 0.1, True, True))
+
+
+@pytest.mark.parametrize(("N", "V", "reduction"), [(400, 20, "mean"), (60, 90, "mean"), (60, 90, "none")])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_without_a_break(N: int, V: int, reduction: str, autocast: bool) -> None:
+    given = inputs(N, 8, V)
+    x, weight = (given[name].float().requires_grad_() for name in ("x", "weight"))
+
+    def call(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return linear_cross_entropy(x * 2, weight, targets, reduction=reduction)
+
+    torch.compiler.reset()
+    backend = "inductor" if torch.cuda.is_available() else "aot_eager"
+    with use_backend("triton"), torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        runs = [(loss, *torch.autograd.grad(loss.sum(), (x, weight))) for loss in (
+            f(x, weight, given["targets"]) for f in (call, torch.compile(call, fullgraph=True, backend=backend)))]
+    for one, same in zip(*runs, strict=True):
+        torch.testing.assert_close(one, same, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("N", "V", "reduction", "products"), [(400, 20, "mean", 3), (60, 90, "mean", 4)])
+def test_products_are_counted(N: int, V: int, reduction: str, products: int) -> None:
+    given = inputs(N, 8, V)
+    x, weight = (given[name].float().requires_grad_() for name in ("x", "weight"))
+    with use_backend("triton"), FlopCounterMode(display=False) as counter:
+        linear_cross_entropy(x, weight, given["targets"], reduction=reduction).backward()
+    assert counter.get_total_flops() == products * 2 * N * 8 * V
+
+
+def test_a_second_derivative_is_refused() -> None:
+    for N, V in ((400, 20), (60, 90)):
+        given = inputs(N, 8, V)
+        x, weight = (given[name].float().requires_grad_() for name in ("x", "weight"))
+        with use_backend("triton"):
+            loss = linear_cross_entropy(x, weight, given["targets"])
+        (dx,) = torch.autograd.grad(loss.square(), x, create_graph=True)
+        with pytest.raises(RuntimeError):
+            dx.sum().backward()
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    with pytest.raises(ZooError, match="allowed"):
+        linear_cross_entropy(torch.randn(3, 4), torch.randn(5, 4), torch.zeros(4, dtype=torch.int64))
+
+
+def test_small_vocabularies_take_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(cross_entropy, "losses_of_each", None)
+    monkeypatch.setattr(cross_entropy, "total_loss", None)
+    given = inputs(30, 8, cross_entropy.PLAIN_VOCABULARY)
+    with use_backend("triton"):
+        linear_cross_entropy(given["x"].float(), given["weight"].float(), given["targets"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("N", "D", "V", "dtype"), [
+    (16384, 256, 50304, torch.bfloat16), (32768, 256, 4096, torch.bfloat16), (8192, 512, 32000, torch.float32)])
+def test_memory_is_within_the_formula(N: int, D: int, V: int, dtype: torch.dtype,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    x = torch.randn(N, D, device="cuda", dtype=dtype, requires_grad=True)
+    weight = torch.randn(V, D, device="cuda", dtype=dtype, requires_grad=True)
+    targets = torch.randint(V, (N,), device="cuda")
+    with use_backend("triton"):
+        for _ in range(2):  # cuBLAS takes its workspace at the first call
+            x.grad = weight.grad = None
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            linear_cross_entropy(x, weight, targets).backward()
+            peak = torch.cuda.max_memory_allocated() - before
+    assert peak <= cross_entropy_triton.memory(N, D, V, x.element_size())
+
+
+@pytest.mark.gpu
+def test_more_logits_than_int32_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One chunk of 2^31 logits and more: the last rows are right."""
+    from zoo.kernels import cross_entropy as kernels
+
+    monkeypatch.setattr(kernels, "LEAST", 1 << 40)
+    N, D, V = 44000, 16, 50304
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    x, weight = (torch.randn(n, D, device="cuda", generator=generator).bfloat16().requires_grad_() for n in (N, V))
+    targets = torch.randint(V, (N,), device="cuda", generator=generator)
+    tail = x.detach()[-64:].requires_grad_()
+    with use_backend("triton"):
+        losses = linear_cross_entropy(x, weight, targets, reduction="none")
+        dx, _ = torch.autograd.grad(losses.sum(), (x, weight))
+    want = plain("none")(tail, weight, targets[-64:])
+    torch.testing.assert_close(losses[-64:], want, rtol=1e-3, atol=1e-3)
+    assert relative_error(dx[-64:], torch.autograd.grad(want.sum(), tail)[0]) < 0.02
+
+
+def builds() -> None:
+    """Every kernel as the benchmark's shapes launch it."""
+    from zoo.kernels import cross_entropy as kernels
+
+    targets, lse = torch.zeros(64, dtype=torch.int64), torch.zeros(2, 64)
+    for dtype in DTYPES:
+        for V in (1024, 8192, 50304):
+            logits = torch.zeros(16, V, dtype=dtype)
+            for gradient in (True, False):
+                kernels.rows(logits, targets, lse[0], lse, IGNORED, 0.0, gradient)
+        x, weight = torch.zeros(64, 16, dtype=dtype), torch.zeros(256, 16, dtype=dtype)
+        kernels.backward(lse[0], x, weight, targets, lse, 0, 0.0)

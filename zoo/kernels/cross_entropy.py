@@ -1,0 +1,206 @@
+"""Linear head and cross-entropy: matrix products by cuBLAS, and between them single passes over a piece of the logits.
+
+    l_ij = W_j . x_i,   lse_i = log sum_j exp(l_ij),   loss_i = lse_i - l_i,y_i + z lse_i^2
+    d loss_i / d l_ij = p_ij (1 + 2 z lse_i) - [j = y_i],   p_ij = exp(l_ij - lse_i)
+
+Two plans, N tokens of width C and V classes; a product of N x C x V costs 2NCV operations.
+
+`total`, for the sum over the tokens: a chunk of tokens at a time, its logits become their own gradient in place, and dx
+and dW come from them at once; dW adds up in float32. 6NCV, and 4VC bytes for the sum.
+`forward` and `backward`, one loss a token: the forward pass goes over chunks of tokens and leaves lse and dx for a
+cotangent of 1 (row i of dx is linear in the cotangent of loss i); the backward pass goes over slices of the vocabulary,
+computes their logits a second time and dW in one product over all tokens. 8NCV, and no sum is ever kept in memory.
+
+The piece of logits is the only large buffer; `room` bounds it. Products that end a sum come out in float32, and are
+rounded once. Exponents are in base 2 and never positive.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from zoo.kernels._common import LOG2E, power_of_two
+
+LEAST = 16 * 2**20  # bytes of logits held at a time, where x is smaller
+ALIGNED = 128  # rows of a chunk and columns of a slice come in multiples of this: whole tiles of a product
+WHOLE = 8192  # classes up to which a row of logits stays in registers between the two looks at it
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def rows_kernel(p_l, p_targets, p_loss, p_max, p_log, stride, V, ignore_index, z, BV: tl.constexpr, LOOP: tl.constexpr,
+                GRADIENT: tl.constexpr):
+    """Row i of logits -> its loss, maximum, and lse less that; if GRADIENT, d loss / d logits in the logits' place."""
+    i_t = tl.program_id(0).to(tl.int64)
+    p_l += i_t * stride
+    o_v = tl.arange(0, BV)
+    target = tl.load(p_targets + i_t)
+    counted = target != ignore_index
+    # a target that is no class has no logit: its loss is NaN, and no memory is read for it
+    b_target = tl.load(p_l + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
+    if LOOP:
+        b_max, b_sum = tl.full([], -1e30, tl.float32), tl.zeros([], tl.float32)
+        for i_v in range(0, V, BV):
+            b_l = tl.load(p_l + i_v + o_v, mask=i_v + o_v < V, other=float("-inf")).to(tl.float32)
+            b_new = tl.maximum(b_max, tl.max(b_l, 0))
+            b_sum = b_sum * tl.exp2((b_max - b_new) * LOG2E) + tl.sum(tl.exp2((b_l - b_new) * LOG2E), 0)
+            b_max = b_new
+    else:
+        b_l = tl.load(p_l + o_v, mask=o_v < V, other=float("-inf")).to(tl.float32)
+        b_max = tl.max(b_l, 0)
+        b_sum = tl.sum(tl.exp2((b_l - b_max) * LOG2E), 0)
+    b_log = tl.log2(b_sum) * LN2
+    b_lse = b_max + b_log
+    tl.store(p_max + i_t, b_max)
+    tl.store(p_log + i_t, b_log)
+    tl.store(p_loss + i_t, tl.where(counted, (b_max - b_target) + b_log + z * b_lse * b_lse, 0.0))
+    if GRADIENT:
+        b_scale = (1.0 + 2.0 * z * b_lse) / b_sum
+        if LOOP:
+            for i_v in range(0, V, BV):
+                m_v = i_v + o_v < V
+                b_l = tl.load(p_l + i_v + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
+                b_d = tl.exp2((b_l - b_max) * LOG2E) * b_scale - tl.where(i_v + o_v == target, 1.0, 0.0)
+                tl.store(p_l + i_v + o_v, tl.where(counted, b_d, 0.0).to(p_l.dtype.element_ty), mask=m_v)
+        else:
+            b_d = tl.exp2((b_l - b_max) * LOG2E) * b_scale - tl.where(o_v == target, 1.0, 0.0)
+            tl.store(p_l + o_v, tl.where(counted, b_d, 0.0).to(p_l.dtype.element_ty), mask=o_v < V)
+
+
+@triton.jit(do_not_specialize=["N", "first", "width", "ignore_index"])
+def slice_kernel(p_l, p_targets, p_max, p_log, p_dloss, stride, dloss_t, N, first, width, ignore_index, z,
+                 BT: tl.constexpr, BV: tl.constexpr):
+    """Logits of classes first .. first + width - 1, overwritten by their gradients under the cotangents dloss."""
+    o_t = tl.program_id(0) * BT + tl.arange(0, BT)
+    o_v = tl.program_id(1) * BV + tl.arange(0, BV)
+    m_t = o_t < N
+    target = tl.load(p_targets + o_t, mask=m_t, other=0)
+    b_max = tl.load(p_max + o_t, mask=m_t, other=0.0)
+    b_log = tl.load(p_log + o_t, mask=m_t, other=0.0)
+    b_dloss = tl.load(p_dloss + o_t.to(tl.int64) * dloss_t, mask=m_t, other=0.0).to(tl.float32)
+    p_l += o_t.to(tl.int64)[:, None] * stride + o_v[None, :]
+    m_l = m_t[:, None] & (o_v < width)[None, :]
+    b_l = tl.load(p_l, mask=m_l, other=0.0).to(tl.float32)
+    # the maximum first, as its difference to a logit is exact where it matters; and no more than 0, as this product may
+    # have rounded a logit other than the one in lse
+    b_d = tl.minimum((b_l - b_max[:, None]) - b_log[:, None], 0.0)
+    b_d = tl.exp2(b_d * LOG2E) * (1.0 + 2.0 * z * (b_max + b_log))[:, None]
+    b_d = (b_d - tl.where((first + o_v)[None, :] == target[:, None], 1.0, 0.0)) * b_dloss[:, None]
+    tl.store(p_l, tl.where((target != ignore_index)[:, None], b_d, 0.0).to(p_l.dtype.element_ty), mask=m_l)
+
+
+def room(x: Tensor) -> int:
+    """Bytes of logits held at a time: as many as x has, LEAST if it has fewer."""
+    return max(LEAST, x.numel() * x.element_size())
+
+
+def split(total: int, most: int) -> int:
+    """Into equal parts of at most `most`, but no less than ALIGNED: the size of one, a multiple of ALIGNED."""
+    most = max(ALIGNED, most // ALIGNED * ALIGNED)
+    parts = max(1, -(-total // most))
+    return -(-total // (parts * ALIGNED)) * ALIGNED
+
+
+def rows(logits: Tensor, targets: Tensor, losses: Tensor, lse: Tensor, ignore_index: int, z: float,
+         gradient: bool) -> None:
+    n, V = logits.shape
+    loop = V > WHOLE
+    BV = WHOLE // 2 if loop else max(16, power_of_two(V))
+    rows_kernel[(n,)](logits, targets, losses, lse[0], lse[1], logits.stride(0), V, ignore_index, z, BV, loop, gradient,
+                      num_warps=min(16, max(1, BV // 512)))
+
+
+def buffer(x: Tensor, n: int, width: int) -> Tensor:
+    """For n rows of logits, [n, width]; a row begins at a multiple of 16, as products and loads are slow elsewhere."""
+    return x.new_empty(n, -(-width // 16) * 16)[:, :width]
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32, from the sum to the result."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b)
+    # on a CPU, for tests of half precision in the interpreter
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in float32."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    else:
+        total += product(a, b)
+
+
+def total(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x [N, C], weight [V, C], targets [N] -> the sum of the losses, dx [N, C] in x's dtype, dweight [V, C] float32.
+
+    Holds the logits of as many tokens as `room` allows, and a second dweight while it is added to the first.
+    """
+    (N, C), V = x.shape, len(weight)
+    w = weight.to(x.dtype)
+    dx = x.new_empty(N, C)
+    losses, lse = x.new_empty(N, dtype=torch.float32), x.new_empty(2, N, dtype=torch.float32)
+    size = split(N, room(x) // (V * x.element_size()))
+    space = buffer(x, min(size, N), V)
+    for a in range(0, N, size):
+        part = slice(a, min(a + size, N))
+        logits = space[:part.stop - a]
+        torch.mm(x[part], w.mT, out=logits)
+        rows(logits, targets[part], losses[part], lse[:, part], ignore_index, z, True)
+        dx[part] = product(logits, w)
+        if a == 0:
+            dweight = product(logits.mT, x[part])
+        else:
+            add_product(dweight, logits.mT, x[part])
+    return losses.sum(), dx, dweight
+
+
+def forward(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z: float, need_dx: bool,
+            need_dweight: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """-> losses [N], lse in two summands [2, N], and dx [N, C] for cotangents of 1, of no rows where it is not needed.
+
+    Where dweight is needed there will be room for it, and until then it is the logits'.
+    """
+    (N, C), V = x.shape, len(weight)
+    w = weight.to(x.dtype)
+    dx = x.new_empty(N if need_dx else 0, C)
+    losses, lse = x.new_empty(N, dtype=torch.float32), x.new_empty(2, N, dtype=torch.float32)
+    bytes_free = room(x) + (V * C * x.element_size() if need_dweight else 0)
+    size = split(N, bytes_free // (V * x.element_size()))
+    space = buffer(x, min(size, N), V)
+    for a in range(0, N, size):
+        part = slice(a, min(a + size, N))
+        logits = space[:part.stop - a]
+        torch.mm(x[part], w.mT, out=logits)
+        rows(logits, targets[part], losses[part], lse[:, part], ignore_index, z, need_dx)
+        if need_dx:
+            dx[part] = product(logits, w)
+    return losses, lse, dx
+
+
+def backward(dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, ignore_index: int,
+             z: float) -> Tensor:
+    """-> dweight [V, C] in weight's dtype. dlosses [N] may have any stride."""
+    (N, C), V = x.shape, len(weight)
+    dweight = torch.empty(V, C, dtype=weight.dtype, device=x.device)
+    # p times a cotangent of 1 / N is less than float16 can hold: the cotangents come in units of the largest
+    unit = dlosses.abs().amax() if x.dtype == torch.float16 and N else None
+    if unit is not None:
+        unit = torch.where(unit == 0, torch.ones_like(unit), unit)
+        dlosses = dlosses / unit
+    size = split(V, room(x) // max(1, N * x.element_size()))
+    space = buffer(x, N, min(size, V))
+    BT, BV = 16, 256
+    for a in range(0, V, size):
+        part = slice(a, min(a + size, V))
+        logits = space[:, :part.stop - a]
+        torch.mm(x, weight[part].to(x.dtype).mT, out=logits)
+        grid = triton.cdiv(N, BT), triton.cdiv(part.stop - a, BV)
+        slice_kernel[grid](logits, targets, lse[0], lse[1], dlosses, logits.stride(0), dlosses.stride(0), N, a,
+                           part.stop - a, ignore_index, z, BT, BV)
+        dslice = product(logits.mT, x)
+        dweight[part] = dslice if unit is None else dslice.mul_(unit)
+    return dweight
