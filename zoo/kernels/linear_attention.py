@@ -150,7 +150,7 @@ def scan_kernel(p_sums, p_states, p_first, p_last, p_ends, SEGMENTS, SIZE: tl.co
 PROGRAMS = 256  # about two for each multiprocessor: rows are cut until there are as many
 # (tokens BT, columns BV, warps, stages) by bytes of an operand's element and padded key width
 TILES = {
-    2: {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (64, 64, 8, 2)},
+    2: {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (64, 64, 4, 2)},
     4: {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 4, 1), 256: (16, 32, 8, 1)},
 }
 NAMES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
