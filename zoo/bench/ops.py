@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo.bench import ops_peers
 from zoo.bench.ops_cases import DIRECTIONS, OPS, Case, Problem, build, cases
 from zoo.bench.ops_peers import Peer, Side
-from zoo.bench.timing import Timing, interleave, seconds
+from zoo.bench.timing import Timing, captured, interleave, seconds
 from zoo.errors import ZooError, choose
 from zoo.ops.backend import use_backend
 
@@ -56,11 +56,12 @@ class Row:
 
 @dataclass
 class Found:
-    """What came of one op. `left_out`: (who, why) -> the cases."""
+    """What came of one op. `left_out`: (who, why) -> the cases; `launched`: (impl, why) timed with its launches."""
 
     op: str
     rows: list[Row] = field(default_factory=list)
     left_out: dict[tuple[str, str], list[Case]] = field(default_factory=dict)
+    launched: set[tuple[str, str]] = field(default_factory=set)
 
     def leave_out(self, who: str, why: str, case: Case) -> None:
         cases = self.left_out.setdefault((who, " ".join(why.split())), [])
@@ -170,9 +171,22 @@ def _measure(case: Case, device: torch.device, with_peers: bool, budget: float, 
     for direction in DIRECTIONS if sides else ():
         calls = {name: _call(side, problem, direction) for name, side in sides.items()}
         peaks = {name: _peak_mib(call, device) for name, call in calls.items()}
+        if device.type == "cuda":
+            calls = {name: _without_launches(name, call, case, device, found) for name, call in calls.items()}
         timings = interleave(calls, device=device, budget=budget / len(DIRECTIONS), warmup=1, slice_seconds=0.01)
         found.rows += [Row(case, name, direction, timings[name], peaks[name], problem.flops(direction),
                            problem.bytes(direction), errors[name]) for name in calls]
+
+
+def _without_launches(name: str, call: Callable[[], object], case: Case, device: torch.device,
+                      found: Found) -> Callable[[], object]:
+    """The call as a graph, so that all sides are measured by what the device does; as it is where that fails."""
+    try:
+        return captured(call, device)
+    except Exception as failure:  # whatever a library does that a graph cannot hold
+        torch.cuda.synchronize(device)
+        found.launched.add((name, _reason(failure)[:120]))
+        return call
 
 
 def _tuned(peer: Peer, case: Case, device: torch.device, limit: float,

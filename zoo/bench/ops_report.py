@@ -65,7 +65,7 @@ def table(found: Found, ceilings: Ceilings) -> Table:
 
 
 def left_out(found: Found) -> list[str]:
-    """A line for everything that could not be measured, and why."""
+    """A line for everything that could not be measured, or not as the others were, and why."""
     lines = []
     for (who, why), cases in found.left_out.items():
         kinds: dict[tuple[int, int, int], list[str]] = {}
@@ -73,7 +73,8 @@ def left_out(found: Found) -> list[str]:
             kinds.setdefault(case.kind, []).append(str(case.T))
         shapes = "; ".join(f"H{H} K{K} V{V} T={','.join(dict.fromkeys(T))}" for (H, K, V), T in kinds.items())
         lines.append(f"left out: {who} ({found.op}, {shapes}): {why}")
-    return lines
+    return lines + [f"timed with its launches: {impl} ({found.op}): no CUDA graph holds it: {why}"
+                    for impl, why in sorted(found.launched)]
 
 
 def check_plot(path: Path) -> None:
