@@ -156,6 +156,21 @@ def test_kernels_agree_with_eager(case: Case, packed: bool) -> None:
 
 
 @CASES
+@pytest.mark.parametrize("scale", [100.0, math.nan])
+def test_kernels_keep_documents_apart(case: Case, scale: float) -> None:
+    mixer = tiny(case, layers=1, scramble=True, dim=64).to(DEVICE).blocks[0].sequence_mixer
+    x, cu_seqlens = torch.randn(1, sum(PACKED), 64, device=DEVICE), borders(PACKED).to(DEVICE)
+    with use_backend("triton"), torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        y = mixer(x, cu_seqlens)
+        for n in (0, 2, 3, 5):
+            own = slice(sum(PACKED[:n]), sum(PACKED[: n + 1]))
+            other, others = x.clone(), torch.ones(sum(PACKED), dtype=torch.bool, device=DEVICE)
+            other[:, own] *= scale
+            others[own] = False
+            assert torch.equal(mixer(other, cu_seqlens)[:, others], y[:, others]), f"document {n}"
+
+
+@CASES
 def test_kernels_compile_into_one_graph(case: Case) -> None:
     """torch.compile(fullgraph=True) of a training step's loss and gradients, over rows and over documents."""
     torch._dynamo.reset()
