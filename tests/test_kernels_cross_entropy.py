@@ -62,7 +62,7 @@ def check(N: int, D: int, V: int, dtype: torch.dtype, reduction: str, z_loss: fl
                           inputs(N, D, V, **options), dtype)
 
 
-# (37, 8, 90): a slice at a time, rows in two blocks; (400, 8, 20): both gradients in the forward pass, in chunks
+# (37, 8, 90): a slice at a time, rows in two blocks; (130, 7, 17): both gradients in the forward pass, in chunks
 @interpreted
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(("N", "D", "V"), [(1, 8, 5), (37, 8, 90), (50, 5, 33), (130, 7, 17)])
@@ -89,7 +89,7 @@ def test_losses_and_gradients_on_a_gpu(N: int, D: int, V: int, reduction: str, z
     check(N, D, V, dtype, reduction, z_loss)
 
 
-@pytest.mark.parametrize(("N", "V"), [(37, 90), (400, 20)])
+@pytest.mark.parametrize(("N", "V"), [(19, 90), (100, 20)])
 def test_extreme_logits_stay_finite(N: int, V: int) -> None:
     """Logits of hundreds: a softmax that is one-hot, right or wrong; and logits known to their last bit, 2^-15."""
     given = inputs(N, 8, V, scale=100.0)
@@ -102,7 +102,7 @@ def test_extreme_logits_stay_finite(N: int, V: int) -> None:
     assert all(relative_error(one, exact) < 2**-15 for one, exact in pairs)
 
 
-@pytest.mark.parametrize(("N", "V"), [(37, 90), (400, 20)])
+@pytest.mark.parametrize(("N", "V"), [(19, 90), (100, 20)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_nothing_to_predict_is_a_loss_of_zero(N: int, V: int, reduction: str) -> None:
     given = inputs(N, 8, V, ignored=2.0)
@@ -118,7 +118,7 @@ def test_nothing_to_predict_is_a_loss_of_zero(N: int, V: int, reduction: str) ->
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dx", [True, False])
 def test_one_gradient_alone(dx: bool, reduction: str) -> None:
-    given = inputs(400, 8, 20)
+    given = inputs(100, 8, 20)
     both = [given[name].float().requires_grad_() for name in ("x", "weight")]
     alone = [each.detach().requires_grad_(wanted) for each, wanted in zip(both, (dx, not dx), strict=True)]
     with use_backend("triton"), nan_memory():
@@ -133,7 +133,7 @@ def test_one_gradient_alone(dx: bool, reduction: str) -> None:
 @pytest.mark.parametrize("V", [20, 90])
 def test_strided_inputs(V: int) -> None:
     """Columns of a wider x, a transposed weight, every other target, and one loss's cotangent for all of them."""
-    given = inputs(150, 8, V)
+    given = inputs(100 if V == 20 else 20, 8, V)
     wide = torch.cat([given["x"]] * 2, 1).float()
     with use_backend("triton"), nan_memory():
         found = []
@@ -150,7 +150,7 @@ def test_strided_inputs(V: int) -> None:
             torch.testing.assert_close(one, same, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("N", "V", "reduction"), [(400, 20, "mean"), (60, 90, "mean"), (60, 90, "none")])
+@pytest.mark.parametrize(("N", "V", "reduction"), [(100, 20, "mean"), (20, 90, "mean"), (20, 90, "none")])
 def test_every_run_is_the_same_to_the_bit(N: int, V: int, reduction: str) -> None:
     given = inputs(N, 8, V)
     x, weight = (given[name].float().requires_grad_() for name in ("x", "weight"))
@@ -163,7 +163,7 @@ def test_every_run_is_the_same_to_the_bit(N: int, V: int, reduction: str) -> Non
 
 @pytest.mark.parametrize("V", [20, 90])
 def test_float32_weight_under_autocast_gets_a_float32_gradient(V: int) -> None:
-    given = inputs(400, 8, V)
+    given = inputs(100 if V == 20 else 20, 8, V)
     x, weight = (given[name].float().requires_grad_() for name in ("x", "weight"))
     rounded = [each.detach().bfloat16().double().requires_grad_() for each in (x, weight)]
     want = torch.autograd.grad(plain()(*rounded, given["targets"]), rounded)
@@ -177,7 +177,7 @@ def test_float32_weight_under_autocast_gets_a_float32_gradient(V: int) -> None:
 @pytest.mark.parametrize("V", [20, 90])
 def test_small_cotangents_in_float16(V: int) -> None:
     """The mean over many tokens: a probability over their number is below float16's range."""
-    given = inputs(400, 8, V)
+    given = inputs(100 if V == 20 else 20, 8, V)
     x, weight = (given[name].half().requires_grad_() for name in ("x", "weight"))
     wide = [each.detach().double().requires_grad_() for each in (x, weight)]
     want = torch.autograd.grad(plain("sum")(*wide, given["targets"]), wide[1])[0]
@@ -190,7 +190,7 @@ def test_small_cotangents_in_float16(V: int) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_target_that_is_no_class_shows(reduction: str) -> None:
-    given = inputs(60, 8, 90)
+    given = inputs(20, 8, 90)
     given["targets"][3] = 90
     with use_backend("triton"):
         loss = linear_cross_entropy(given["x"].float(), given["weight"].float(), given["targets"], reduction=reduction)
@@ -213,8 +213,8 @@ def test_registration(kind: str) -> None:
             losses, x.detach(), weight.detach(), targets, lse, dx, IGNORED, 0.1, True, True))
 
 
-@pytest.mark.parametrize(("N", "V", "reduction"), [(400, 20, "mean"), (60, 90, "mean"), (60, 90, "none")])
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("N", "V", "reduction", "autocast"), [
+    (50, 10, "mean", True), (20, 90, "mean", True), (20, 90, "none", False)])
 def test_compiled_without_a_break(N: int, V: int, reduction: str, autocast: bool) -> None:
     given = inputs(N, 8, V)
     x, weight = (given[name].float().requires_grad_() for name in ("x", "weight"))
@@ -231,7 +231,7 @@ def test_compiled_without_a_break(N: int, V: int, reduction: str, autocast: bool
         torch.testing.assert_close(one, same, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("N", "V", "reduction", "products"), [(400, 20, "mean", 3), (60, 90, "mean", 4)])
+@pytest.mark.parametrize(("N", "V", "reduction", "products"), [(100, 20, "mean", 3), (20, 90, "mean", 4)])
 def test_products_are_counted(N: int, V: int, reduction: str, products: int) -> None:
     given = inputs(N, 8, V)
     x, weight = (given[name].float().requires_grad_() for name in ("x", "weight"))
@@ -241,7 +241,7 @@ def test_products_are_counted(N: int, V: int, reduction: str, products: int) -> 
 
 
 def test_a_second_derivative_is_refused() -> None:
-    for N, V in ((400, 20), (60, 90)):
+    for N, V in ((100, 20), (20, 90)):
         given = inputs(N, 8, V)
         x, weight = (given[name].float().requires_grad_() for name in ("x", "weight"))
         with use_backend("triton"):
@@ -260,9 +260,9 @@ def test_small_vocabularies_take_the_plain_path(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.undo()
     monkeypatch.setattr(cross_entropy, "losses_of_each", None)
     monkeypatch.setattr(cross_entropy, "total_loss", None)
-    given = inputs(30, 8, cross_entropy.PLAIN_VOCABULARY)
-    with use_backend("triton"):
-        linear_cross_entropy(given["x"].float(), given["weight"].float(), given["targets"])
+    for reduction in ("mean", "sum", "none"):
+        check(30, 8, cross_entropy.PLAIN_VOCABULARY, torch.float32, reduction)
+        check(3, 8, 256, torch.float32, reduction, ignored=2.0)
 
 
 @pytest.mark.gpu

@@ -109,3 +109,15 @@ def test_chunks_keep_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_reduction_says_what_is_allowed() -> None:
     with pytest.raises(ZooError, match="mean, none, sum"):
         linear_cross_entropy(*inputs(), reduction="total")
+
+
+@pytest.mark.parametrize("limit", [WHOLE, CHUNKED], ids=["whole", "chunked"])
+def test_z_loss_is_added_to_counted_tokens(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "MAX_LOGITS", limit)
+    x, weight, targets = inputs(torch.float64)
+    loss = linear_cross_entropy(x, weight, targets, reduction="sum", z_loss=0.1)
+    lse = (x @ weight.mT).logsumexp(-1)
+    expected = linear_cross_entropy(x, weight, targets, reduction="sum") + 0.1 * lse[targets != -100].square().sum()
+    torch.testing.assert_close(loss, expected)
+    got, want = (torch.autograd.grad(each, (x, weight)) for each in (loss, expected))
+    torch.testing.assert_close(got, want)

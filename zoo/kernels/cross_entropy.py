@@ -11,7 +11,7 @@ and dW come from them at once; dW adds up in float32. 6NCV, and 4VC bytes for th
 cotangent of 1 (row i of dx is linear in the cotangent of loss i); the backward pass goes over slices of the vocabulary,
 computes their logits a second time and dW in one product over all tokens. 8NCV, and no sum is ever kept in memory.
 
-The piece of logits is the only large buffer; `room` bounds it. Products that end a sum come out in float32, and are
+The piece of logits is the only large buffer; `room` bounds it. dW comes out of its products in float32, and is
 rounded once. Exponents are in base 2 and never positive.
 """
 
@@ -70,26 +70,25 @@ def rows_kernel(p_l, p_targets, p_loss, p_max, p_log, stride, V, ignore_index, z
             tl.store(p_l + o_v, tl.where(counted, b_d, 0.0).to(p_l.dtype.element_ty), mask=o_v < V)
 
 
-@triton.jit(do_not_specialize=["N", "first", "width", "ignore_index"])
-def slice_kernel(p_l, p_targets, p_max, p_log, p_dloss, stride, dloss_t, N, first, width, ignore_index, z,
-                 BT: tl.constexpr, BV: tl.constexpr):
-    """Logits of classes first .. first + width - 1, overwritten by their gradients under the cotangents dloss."""
-    o_t = tl.program_id(0) * BT + tl.arange(0, BT)
-    o_v = tl.program_id(1) * BV + tl.arange(0, BV)
-    m_t = o_t < N
-    target = tl.load(p_targets + o_t, mask=m_t, other=0)
-    b_max = tl.load(p_max + o_t, mask=m_t, other=0.0)
-    b_log = tl.load(p_log + o_t, mask=m_t, other=0.0)
-    b_dloss = tl.load(p_dloss + o_t.to(tl.int64) * dloss_t, mask=m_t, other=0.0).to(tl.float32)
-    p_l += o_t.to(tl.int64)[:, None] * stride + o_v[None, :]
-    m_l = m_t[:, None] & (o_v < width)[None, :]
-    b_l = tl.load(p_l, mask=m_l, other=0.0).to(tl.float32)
-    # the maximum first, as its difference to a logit is exact where it matters; and no more than 0, as this product may
-    # have rounded a logit other than the one in lse
-    b_d = tl.minimum((b_l - b_max[:, None]) - b_log[:, None], 0.0)
-    b_d = tl.exp2(b_d * LOG2E) * (1.0 + 2.0 * z * (b_max + b_log))[:, None]
-    b_d = (b_d - tl.where((first + o_v)[None, :] == target[:, None], 1.0, 0.0)) * b_dloss[:, None]
-    tl.store(p_l, tl.where((target != ignore_index)[:, None], b_d, 0.0).to(p_l.dtype.element_ty), mask=m_l)
+@triton.jit(do_not_specialize=["first", "ignore_index"])
+def slice_kernel(p_l, p_targets, p_max, p_log, p_dloss, stride, dloss_t, first, width, ignore_index, z,
+                 BV: tl.constexpr):
+    """Row i of the logits of classes first .. first + width - 1, overwritten by its gradient times dloss_i."""
+    i_t = tl.program_id(0).to(tl.int64)
+    p_l += i_t * stride
+    target = tl.load(p_targets + i_t)
+    counted = target != ignore_index
+    b_max, b_log = tl.load(p_max + i_t), tl.load(p_log + i_t)
+    b_dloss = tl.load(p_dloss + i_t * dloss_t).to(tl.float32)
+    b_scale = (1.0 + 2.0 * z * (b_max + b_log)) * b_dloss
+    for i_v in range(0, width, BV):
+        o_v = i_v + tl.arange(0, BV)
+        b_l = tl.load(p_l + o_v, mask=o_v < width, other=0.0).to(tl.float32)
+        # the maximum first, as its difference to a logit is exact where it matters; and no more than 0, as this product
+        # may have rounded a logit other than the one in lse
+        b_d = tl.exp2(tl.minimum((b_l - b_max) - b_log, 0.0) * LOG2E) * b_scale
+        b_d -= tl.where(first + o_v == target, b_dloss, 0.0)
+        tl.store(p_l + o_v, tl.where(counted, b_d, 0.0).to(p_l.dtype.element_ty), mask=o_v < width)
 
 
 def room(x: Tensor) -> int:
@@ -130,14 +129,16 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, in float32."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
     else:
-        total += product(a, b)
+        total.addmm_(a.float(), b.float())
 
 
 def total(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z: float) -> tuple[Tensor, Tensor, Tensor]:
     """x [N, C], weight [V, C], targets [N] -> the sum of the losses, dx [N, C] in x's dtype, dweight [V, C] float32.
 
-    Holds the logits of as many tokens as `room` allows, and a second dweight while it is added to the first.
+    Holds the logits of as many tokens as `room` allows.
     """
     (N, C), V = x.shape, len(weight)
     w = weight.to(x.dtype)
@@ -150,7 +151,7 @@ def total(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z: floa
         logits = space[:part.stop - a]
         torch.mm(x[part], w.mT, out=logits)
         rows(logits, targets[part], losses[part], lse[:, part], ignore_index, z, True)
-        dx[part] = product(logits, w)
+        torch.mm(logits, w, out=dx[part])
         if a == 0:
             dweight = product(logits.mT, x[part])
         else:
@@ -177,7 +178,7 @@ def forward(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z: fl
         torch.mm(x[part], w.mT, out=logits)
         rows(logits, targets[part], losses[part], lse[:, part], ignore_index, z, need_dx)
         if need_dx:
-            dx[part] = product(logits, w)
+            torch.mm(logits, w, out=dx[part])
     return losses, lse, dx
 
 
@@ -193,14 +194,13 @@ def backward(dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: T
         dlosses = dlosses / unit
     size = split(V, room(x) // max(1, N * x.element_size()))
     space = buffer(x, N, min(size, V))
-    BT, BV = 16, 256
+    BV = min(4096, max(256, power_of_two(min(size, V))))
     for a in range(0, V, size):
         part = slice(a, min(a + size, V))
         logits = space[:, :part.stop - a]
         torch.mm(x, weight[part].to(x.dtype).mT, out=logits)
-        grid = triton.cdiv(N, BT), triton.cdiv(part.stop - a, BV)
-        slice_kernel[grid](logits, targets, lse[0], lse[1], dlosses, logits.stride(0), dlosses.stride(0), N, a,
-                           part.stop - a, ignore_index, z, BT, BV)
+        slice_kernel[(N,)](logits, targets, lse[0], lse[1], dlosses, logits.stride(0), dlosses.stride(0), a,
+                           part.stop - a, ignore_index, z, BV, num_warps=max(1, BV // 256))
         dslice = product(logits.mT, x)
         dweight[part] = dslice if unit is None else dslice.mul_(unit)
     return dweight

@@ -32,7 +32,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore_i
     On kernels (sizes in bytes): beside x, the weight and their gradients there is x's gradient a second time, for a
     cotangent of 1, and logits of x's size, at least 16 MiB and 128 rows or columns; before the head's gradient exists,
     its room is the logits'. Where the head's gradient in float32 is no larger than x, both gradients of a mean or sum
-    come from the forward pass, the head's in float32 twice: three products, not four. Another dtype's weight is cast.
+    come from the forward pass: three products, not four. Another dtype's weight is cast.
     No more than PLAIN_VOCABULARY classes take PyTorch's own path. float32 products: PyTorch's matmul precision.
     Raises ZooError for another reduction, and where the shapes do not fit.
     """
@@ -45,6 +45,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore_i
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if len(rows) and _kernel.chosen(rows.to(dtype)):
         rows = rows.to(dtype)
+        if len(weight) <= PLAIN_VOCABULARY and reduction != "none" and not z_loss:
+            return _plain_loss(rows, weight, flat, ignore_index, reduction)
         if len(weight) <= PLAIN_VOCABULARY:
             losses = _losses(rows, weight, flat, ignore_index, z_loss)
         elif reduction != "none" and _sums_fit(rows, weight):
@@ -71,6 +73,13 @@ def _sums_fit(x: Tensor, weight: Tensor) -> bool:
     """Whether both gradients are asked for, and the head's in float32 takes no more memory than x."""
     asked = torch.is_grad_enabled() and x.requires_grad and weight.requires_grad
     return asked and 4 * len(weight) <= len(x) * x.element_size()
+
+
+def _plain_loss(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """Of the calls of F.cross_entropy, that which has counted the targets already."""
+    logits = F.linear(x, weight).log_softmax(-1, dtype=torch.float32)
+    loss, count = torch.ops.aten.nll_loss_forward(logits, targets, None, 2, ignore_index)  # 2: the sum
+    return loss if reduction == "sum" else loss / count.clamp(min=1)
 
 
 def _losses(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z_loss: float) -> Tensor:

@@ -88,7 +88,9 @@ def _each_backward(dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor, 
         with torch.autocast(x.device.type, enabled=False):
             dweight = cross_entropy.backward(dlosses, _rows(x), _rows(weight), targets.contiguous(), lse, ignore_index,
                                              z_loss)
-    return torch.mul(dx, dlosses.unsqueeze(1)).to(dx.dtype) if need_dx else torch.empty_like(dx[:0]), dweight
+    if not need_dx:
+        return torch.empty_like(dx[:0]), dweight
+    return torch.mul(dx, dlosses.unsqueeze(1), out=torch.empty_like(dx)), dweight  # no float32 in between
 
 
 @_each_backward.register_fake
@@ -194,5 +196,5 @@ def memory(N: int, D: int, V: int, element: int) -> int:
     lists = 64 * N + 4 * ALIGNED * D + (1 << 20)  # losses, lse and the like; dx or dweight of a piece in float32
     part = 4 * D * max(piece // max(1, element * min(N, V)), ALIGNED)
     if N * element >= 4 * V:
-        return max(x + 8 * V * D + piece, 2 * x + 2 * weight) + part + lists
+        return max(x + 4 * V * D + weight + piece, 2 * x + 2 * weight) + part + lists
     return max(x + weight + piece, 2 * x + weight) + part + lists
