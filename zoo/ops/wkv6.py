@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from zoo.ops.documents import document_slices
 from zoo.ops.untraced import untraced
+from zoo.ops.wkv6_triton import KERNEL, wkv6_triton
 
 
 def wkv6(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, initial_state: Tensor | None = None,
@@ -36,6 +37,8 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, initial_
     state; y has r's. With cu_seqlens [N + 1] (int32 or int64, on the device), N documents stand one after the other in
     a row, B = 1, and states are [N, H, K, V], one a document; an empty document passes its state on.
     """
+    if KERNEL.chosen(r, r.shape[-1], v.shape[-1]):
+        return wkv6_triton(r, k, v, log_decay, u, initial_state, cu_seqlens)
     dtype = torch.promote_types(r.dtype, torch.float32)
     if initial_state is None:
         rows = r.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1

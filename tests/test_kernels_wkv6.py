@@ -1,0 +1,348 @@
+"""The kernels of WKV-6 against float64: in the interpreter on short sequences, on a GPU on all of them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from kernel_cases import (
+    DTYPES,
+    HEAD_SIZES,
+    LENGTHS,
+    SHORT_LENGTHS,
+    check_against_float64,
+    interpreted,
+    outputs_and_gradients,
+)
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from zoo.errors import ZooError
+from zoo.ops import wkv6_triton as registered
+from zoo.ops.backend import use_backend
+from zoo.ops.wkv6 import wkv6
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KEEP = ["log_decay", "u", "initial_state"]
+
+
+def inputs(T: int, K: int = 16, V: int = 24, B: int = 2, H: int = 2, rows: int | None = None,
+           decay: float = -2.0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(T)
+    shapes = {"r": (B, T, H, K), "k": (B, T, H, K), "v": (B, T, H, V), "log_decay": (B, T, H, K), "u": (H, K),
+              "initial_state": (rows or B, H, K, V)}
+    given = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    given["log_decay"] = -torch.exp(given["log_decay"] + decay)
+    return {name: x.to(DEVICE) for name, x in given.items()}
+
+
+def plain(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, initial_state: Tensor,
+          cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The recurrence as one writes it in PyTorch, in one type throughout."""
+    if cu_seqlens is not None:
+        parts = [plain(r[:, a:b], k[:, a:b], v[:, a:b], log_decay[:, a:b], u, initial_state[n : n + 1])
+                 for n, (a, b) in enumerate(pairwise(cu_seqlens.tolist()))]
+        return torch.cat([y for y, _ in parts], 1), torch.cat([state for _, state in parts])
+    state, u, decay = initial_state.to(r.dtype), u.to(r.dtype), log_decay.to(r.dtype).exp()
+    ys = [v[:, :0]]
+    for t in range(r.shape[1]):
+        kv = k[:, t, :, :, None] * v[:, t, :, None, :]
+        ys.append(((r[:, t, :, None] @ (state + u[..., None] * kv)).squeeze(-2)).unsqueeze(1))
+        state = decay[:, t, ..., None] * state + kv
+    return torch.cat(ys, dim=1), state.to(initial_state.dtype)
+
+
+def check(given: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
+    check_against_float64(wkv6, wkv6, plain, given, dtype, keep=KEEP, factor=2.0 if dtype != torch.float32 else 4.0)
+
+
+def cut_into_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    from zoo.kernels import wkv6_parts as parts
+
+    monkeypatch.setattr(parts, "PROGRAMS", 10**6)
+    monkeypatch.setattr(parts, "SEGMENT", 32)
+
+
+def two_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 32 tokens, which none of the configurations has now."""
+    from zoo.kernels import wkv6_parts as parts
+
+    for direction in ("forward", "backward"):
+        monkeypatch.setitem(parts.CONFIGS, (direction, 64, 2), (32, 64, 4, 2))
+
+
+@interpreted
+@pytest.mark.parametrize("T", SHORT_LENGTHS)
+def test_values_and_gradients(T: int) -> None:
+    check(inputs(T))
+
+
+@interpreted
+def test_rows_cut_into_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_into_segments(monkeypatch)
+    check(inputs(100, B=1))
+
+
+@interpreted
+@pytest.mark.parametrize(("K", "V"), [(40, 80), (5, 1), (256, 16)])
+def test_widths(K: int, V: int) -> None:
+    check(inputs(17, K, V, B=1, H=1))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    check(inputs(50, B=1, H=1), dtype)
+
+
+@interpreted
+def test_chunks_of_two_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    two_blocks(monkeypatch)
+    check(inputs(70, B=1, H=1), torch.bfloat16)
+    check(extreme("all at random", 40), torch.bfloat16)
+
+
+@interpreted
+@pytest.mark.parametrize("borders", [[0, 0, 5, 69, 69, 70, 100, 100], [0, 1, 2, 3, 100]])
+def test_documents(borders: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = inputs(100, B=1, H=1, rows=len(borders) - 1)
+    check(given | {"cu_seqlens": torch.tensor(borders, dtype=torch.int32, device=DEVICE)})
+    cut_into_segments(monkeypatch)
+    check(given | {"cu_seqlens": torch.tensor(borders, device=DEVICE)})
+
+
+def extreme(kind: str, T: int = 70, K: int = 16) -> dict[str, Tensor]:
+    given = inputs(T, K, B=1, H=1)
+    log_decay = given["log_decay"]
+    steps = torch.tensor([-1e-6, -20.0, -80.0, -3.0], dtype=torch.float64, device=DEVICE)
+    match kind:
+        case "forgets nothing":
+            log_decay.fill_(-1e-6)
+        case "forgets fast":
+            log_decay.fill_(-20)
+        case "forgets at once":
+            log_decay.fill_(-80)
+        case "just not too steep for factors":
+            log_decay.fill_(-3.5)
+        case "all at random":
+            log_decay.copy_(steps[torch.randint(4, log_decay.shape)])
+        case "steep, then flat":
+            log_decay.copy_(torch.where(torch.arange(T, device=DEVICE) % 32 < 10, -80, -0.1)[None, :, None, None])
+        case "large keys":
+            given["k"].copy_(90 * given["k"].sign())
+            log_decay.copy_(steps[torch.randint(4, log_decay.shape)])
+        case "one token":
+            for name in "rkv":
+                given[name][:, 33] *= 1000
+    return given
+
+
+EXTREMES = ["forgets nothing", "forgets fast", "forgets at once", "just not too steep for factors", "all at random",
+            "steep, then flat", "large keys", "one token"]
+
+
+@interpreted
+@pytest.mark.parametrize("kind", EXTREMES)
+def test_extremes(kind: str) -> None:
+    check(extreme(kind, 40))
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["all at random", "just not too steep for factors"])
+def test_extremes_in_bfloat16(kind: str) -> None:
+    check(extreme(kind, 40), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinite_decay_forgets_all(dtype: torch.dtype) -> None:
+    given = {name: x.float() if name in KEEP else x.to(dtype) for name, x in inputs(36, B=1, H=1).items()}
+    given["log_decay"][:, [3, 20]] = -torch.inf
+    results = []
+    for backend in ("triton", "eager"):
+        with use_backend(backend):
+            results.append(outputs_and_gradients(wkv6, given))
+    assert (results[0]["dlog_decay"][:, [3, 20]] == 0).all()
+    for name in results[1]:
+        assert (results[0][name] - results[1][name]).norm() <= 3e-2 * results[1][name].norm(), name
+
+
+def test_strided_inputs_and_expanded_gradients() -> None:
+    """Splits of one projection at an offset; WKV-5: one decay for all tokens, an expanded tensor."""
+    fused = torch.randn(2, 20, 2 * 3 * 16 + 5, device=DEVICE)[..., 5:].requires_grad_()
+    static = torch.rand(2, 16, device=DEVICE).requires_grad_()
+    u = torch.randn(2, 16, device=DEVICE)
+    results = []
+    for backend in ("triton", "eager"):
+        with use_backend(backend):
+            r, k, v = (x.unflatten(-1, (2, 16)) for x in fused.chunk(3, dim=-1))
+            y, _ = wkv6(r, k, v, (-static).expand(2, 20, 2, 16), u)
+            results.append(torch.autograd.grad(y.sum(), (fused, static)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+@interpreted
+def test_no_tokens_pass_the_state_on() -> None:
+    given = {name: x.float().requires_grad_() for name, x in inputs(0).items()}
+    with use_backend("triton"):
+        y, state = wkv6(**given)
+        state.sum().backward()
+    assert y.shape == given["v"].shape
+    assert torch.equal(state, given["initial_state"])
+    assert (given["initial_state"].grad == 1).all()
+
+
+def past_moves(t: int, dtype: torch.dtype, T: int = 65) -> float:
+    """How far what comes after t moves y up to t: not a bit for r, k, v, by rounding for the decays of t's block."""
+    given = {name: x.float() if name in KEEP else x.to(dtype) for name, x in inputs(T).items()}
+    with use_backend("triton"):
+        before = wkv6(**given)[0][0, : t + 1]
+        for outlier in (100.0, float("nan")):
+            changed = {name: x.clone() for name, x in given.items()}
+            for name in "rkv":
+                changed[name][0, t + 1 :] = outlier * torch.randn_like(changed[name][0, t + 1 :])
+                changed[name][1] = outlier
+            after = wkv6(**changed)[0][0, : t + 1]
+            # a masked weight of 0 is multiplied with NaN values of its chunk: only later chunks may be anything
+            known = slice(0, t + 1 if outlier == 100 else (t + 1) // 32 * 32)
+            if not torch.equal(after[known], before[known]):
+                return float("inf")
+        changed["log_decay"][0, t + 1 :] *= 1000
+        changed["r"], changed["k"], changed["v"] = given["r"], given["k"], given["v"]
+        after = wkv6(**changed)[0][0, : t + 1]
+    known = slice(0, (t + 1) // 32 * 32)
+    return float((after - before).norm() / before.norm()) if torch.equal(after[known], before[known]) else float("inf")
+
+
+@interpreted
+@pytest.mark.parametrize("t", [15, 40])
+def test_the_future_and_other_rows_move_nothing(t: int) -> None:
+    assert past_moves(t, torch.float32) < 1e-6
+
+
+def test_results_are_the_same_every_time() -> None:
+    given = {name: x.float() for name, x in inputs(40, B=1).items()}
+    with use_backend("triton"):
+        a, b = (outputs_and_gradients(wkv6, given) for _ in range(2))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@interpreted
+def test_the_operator_is_registered_as_it_should_be() -> None:
+    given = [x.float().requires_grad_() for x in inputs(17, B=1).values()]
+    torch.library.opcheck(registered._forward, (*given, None, True))
+    torch.library.opcheck(registered._forward, (*given[:5], None, torch.tensor([0, 4, 17]), True))
+
+
+def test_compiled_equals_eager() -> None:
+    given = {name: x.float() for name, x in inputs(17, B=1).items()}
+    given["v"] = given["v"].bfloat16()
+    with use_backend("triton"), torch.autocast(DEVICE, dtype=torch.bfloat16):
+        eager = outputs_and_gradients(wkv6, given)
+        compiled = outputs_and_gradients(torch.compile(wkv6, fullgraph=True, backend="aot_eager"), given)
+    for name in eager:
+        torch.testing.assert_close(compiled[name], eager[name])
+
+
+def test_flops_are_counted() -> None:
+    given = {name: x.float().requires_grad_() for name, x in inputs(17, B=1).items()}
+    with use_backend("triton"), FlopCounterMode(display=False) as counter:
+        y, state = wkv6(**given)
+        assert counter.get_total_flops() == 4 * 17 * 2 * 16 * 24
+        (y.sum() + state.sum()).backward()
+    assert counter.get_total_flops() == 12 * 17 * 2 * 16 * 24
+
+
+def test_no_gradient_wanted_keeps_no_states() -> None:
+    given = [x.float() for x in inputs(17, B=1).values()]
+    assert registered._forward(*given, None, False)[2].numel() == 0
+
+
+def test_wrong_shapes_are_refused() -> None:
+    r, k, v, log_decay, u, state = (x.float() for x in inputs(8).values())
+    with use_backend("triton"):
+        with pytest.raises(ZooError, match="k is"):
+            wkv6(r, k[..., :8], v, log_decay, u)
+        with pytest.raises(ZooError, match="initial_state is"):
+            wkv6(r, k, v, log_decay, u, state[:1])
+        wide = torch.ones(1, 4, 1, 300, device=DEVICE)
+        with pytest.raises(ZooError, match="kernels take 1 to 256"):
+            wkv6(wide, wide, wide, -wide, wide[0, 0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("T", "dtype"), [(T, DTYPES[i % 3]) for i, T in enumerate(LENGTHS)])
+def test_lengths_on_a_gpu(T: int, dtype: torch.dtype) -> None:
+    check(inputs(T, 64, 64), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("K", "V", "dtype"), [
+    *((K, V, DTYPES[i % 3]) for i, (K, V) in enumerate(zip(HEAD_SIZES, HEAD_SIZES[::-1], strict=True))),
+    (64, 64, torch.float16), (128, 128, torch.bfloat16), (256, 64, torch.bfloat16), (5, 1, torch.float32)])
+def test_widths_on_a_gpu(K: int, V: int, dtype: torch.dtype) -> None:
+    check(inputs(129, K, V), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_segments_and_documents_on_a_gpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    borders = torch.tensor([0, 0, 5, 200, 200, 201, 500, 500], device=DEVICE)
+    check(inputs(500, 64, 64, B=1, rows=7) | {"cu_seqlens": borders}, dtype)
+    cut_into_segments(monkeypatch)
+    check(inputs(500, 64, 64, B=1, rows=7) | {"cu_seqlens": borders}, dtype)
+    check(inputs(500, 64, 64, B=1), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", EXTREMES)
+def test_extremes_on_a_gpu(kind: str) -> None:
+    check(extreme(kind, K=64), torch.float32)
+    check(extreme(kind, K=64), torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("t", [0, 15, 31, 40])
+def test_causality_on_a_gpu(t: int) -> None:
+    assert past_moves(t, torch.bfloat16) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_self_test_passes(dtype: torch.dtype) -> None:
+    assert registered._self_test(torch.device(DEVICE), dtype, (64, 64)) < 1
+
+
+@pytest.mark.gpu
+def test_chunks_of_two_blocks_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    two_blocks(monkeypatch)
+    check(inputs(129, 64, 64), torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_memory_on_a_gpu() -> None:
+    """In bf16: y, four gradients, and a state for 16 tokens."""
+    given = [torch.randn(8, 1024, 8, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)]
+    given[3] = -given[3].abs()
+    leaves = [x.requires_grad_() for x in (*given, torch.randn(8, 64, device=DEVICE))]
+    with use_backend("triton"):
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            y, _ = wkv6(*leaves)
+            torch.autograd.grad(y, leaves, given[0].detach())
+    size, states = 2 * y.numel(), 2 * 8 * 64 * 8 * 64 * 64
+    borders = 2 * 4 * 8 * 4 * 8 * 64 * 64
+    assert torch.cuda.max_memory_allocated() - before <= 5 * size + states + borders + 2**22
+
+
+def builds() -> None:
+    """The shapes of the benchmark, for `kernel_builds.py`."""
+    for dtype, K in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 64)):
+        x, u = (torch.empty(shape, dtype=dtype).requires_grad_() for shape in ((1, 32, 1, K), (1, K)))
+        y, _ = registered.wkv6_triton(x, x, x, x, u, None, None)
+        torch.autograd.grad(y, (x, u), y)
+    x = torch.empty(1, 256, 1, 64).requires_grad_()
+    y, _ = registered.wkv6_triton(x, x, x, x, u[:, :64], None, torch.tensor([0, 3, 256]))
+    torch.autograd.grad(y, x, y)
