@@ -119,8 +119,8 @@ def test_documents_do_not_touch(name: str, lengths: list[int]) -> None:
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("future", ["random", "outliers", "nan"])
 def test_no_output_knows_the_future(name: str, future: str) -> None:
-    """simple to the bit; the others to rounding where an outlier sends a block the slow way, and to the bit before it.
-    NaN may spoil the rows of its own block of 16 (here), where zero weights meet it in a product."""
+    """To the bit before a block that holds a changed token; inside it to rounding, as an outlier sends the block the
+    slow way. NaN may spoil earlier rows of its own block in full and local, where zero weights meet it in a product."""
     given = {key: x.float() for key, x in inputs(name, 30, 2, batch=1).items()}
     with use_backend("triton"):
         before = op(name, **given)
@@ -131,9 +131,9 @@ def test_no_output_knows_the_future(name: str, future: str) -> None:
                 scale = {"random": 1, "outliers": 100, "nan": torch.nan}[future]
                 changed[key][:, cut:] = scale * torch.randn_like(given[key][:, cut:])
             after = op(name, **changed)
-            block = cut if name == "simple" else cut // (16 if DEVICE == "cpu" else 128) * 16
+            block = cut // 16 * 16 if DEVICE == "cpu" else 0
             assert torch.equal(after[:, :block], before[:, :block]), cut
-            if future != "nan":
+            if name == "simple" or future != "nan":
                 torch.testing.assert_close(after[:, :cut], before[:, :cut], atol=1e-6, rtol=1e-5)
 
 
