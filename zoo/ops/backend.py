@@ -89,6 +89,7 @@ class Kernel:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     sources: tuple[str, ...] = field(default=())  # files of zoo/kernels beside its own that a new self-test goes with
     file: str = ""  # its own in zoo/kernels, if not named like the op
+    fault: str = ""  # why no GPU may run it, where that is known beforehand
 
     def __post_init__(self) -> None:
         _kernels[self.op] = self
@@ -125,6 +126,8 @@ def _unable(kernel: Kernel, asked: Backend, device: torch.device, dtype: torch.d
         return "triton is not installed"
     if device.type != "cuda" and not (device.type == "cpu" and asked == "triton" and _interpreted()):
         return f"the tensors are on {device.type}, and the kernels want a GPU"
+    if device.type == "cuda" and kernel.fault:
+        return kernel.fault
     if dtype not in kernel.dtypes:
         names = ", ".join(str(each).removeprefix("torch.") for each in kernel.dtypes)
         return f"{str(dtype).removeprefix('torch.')} tensors; the kernels take {names}"
@@ -169,7 +172,11 @@ def _tested(kernel: Kernel, device: torch.device, dtype: torch.dtype, sizes: tup
         # the random state is the caller's, and a self-test may run in the middle of its training
         with torch.random.fork_rng([device]), torch.inference_mode(False), torch.enable_grad(), \
                 torch.autocast("cuda", enabled=False):
-            error = float(kernel.self_test(device, dtype, sizes))
+            try:
+                error = float(kernel.self_test(device, dtype, sizes))
+            except Exception as failure:  # too much shared memory for this GPU, say; a build that Triton cannot make
+                error = float("inf")
+                _log.warning("the self-test of %s did not run: %s", kernel.op, " ".join(str(failure).split())[:200])
         known[key] = error if error == error else float("inf")
         with contextlib.suppress(OSError):  # a cache that cannot be written is a test run again
             path.parent.mkdir(parents=True, exist_ok=True)
