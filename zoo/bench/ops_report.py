@@ -113,7 +113,8 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
             mine = [row for row in shown if row.impl == impl]
             panel.plot([row.case.T if along_lengths else shapes.index(_shape(row.case)) for row in mine],
                        [1e3 * row.timing.p50 for row in mine], color=colours[impl], label=impl, marker="o",
-                       markersize=4 if along_lengths else 7, linewidth=2.2 if impl == ZOO else 1.2, zorder=3 if impl == ZOO else 2,
+                       markersize=4 if along_lengths else 7, linewidth=2.2 if impl == ZOO else 1.2,
+                       zorder=3 if impl == ZOO else 2,
                        linestyle=("--" if impl == EAGER else "-") if along_lengths else "none")
         panel.set_yscale("log")
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
