@@ -81,7 +81,7 @@ def check(B: int, T: int, H: int, G: int, K: int, C: int = 0, R: int = 0, border
         inputs = {name: x.to(dtype) for name, x in inputs.items()}
         with use_backend("triton"), nan_memory():
             found = outputs_and_gradients(op(C, borders), inputs)
-        assert torch.equal(found["0"], inputs["v"])
+        assert (found["0"] - inputs["v"]).abs().max() <= 4 * torch.finfo(dtype).eps
         assert all(found[name].abs().max() <= 40 * torch.finfo(dtype).eps for name in ("dq", "dk"))
         return
     check_against_float64(op(C, borders), reference, reference, inputs, dtype)

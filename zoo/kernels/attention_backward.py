@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._common import LOG2E, document_chunks, dot, precision
-from zoo.kernels.attention import VARYING, entries, place, plain, put, section, strides, tile, tiling
+from zoo.kernels._common import LOG2E, document_chunks, dot
+from zoo.kernels.attention import VARYING, entries, place, plain, precision, put, section, strides, tile, tiling
 
 
 @triton.jit
