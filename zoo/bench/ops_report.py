@@ -100,7 +100,8 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
         raise ZooError("nothing was measured, so there is nothing to plot")
     across = min(PANELS, len(ops))
     down = -(-len(ops) // across)
-    colours = {impl: f"C{index % 10}" for index, impl in enumerate(impls)}
+    palette = matplotlib.colormaps["tab20"]  # ten dark colours, each with a light one after it: the dark ones first
+    colours = {impl: palette((2 * index + index // 10) % 20) for index, impl in enumerate(impls)}
     figure = Figure(figsize=(5 * across, 3.6 * down + 0.4), layout="constrained")
     figure.suptitle(title)
     for place, op in enumerate(ops, 1):
