@@ -80,7 +80,7 @@ def locate(slot, blocks, T, BT: tl.constexpr, DOCUMENTS: tl.constexpr):
         return (slot // n).to(tl.int64), n - 1 - slot % n
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
+@triton.jit(do_not_specialize=["bias_t", "rows", "columns", "W"])
 def table_kernel(bias, table, far, bias_t, rows, columns, W, BT: tl.constexpr, BC: tl.constexpr, NB: tl.constexpr,
                  LOCAL: tl.constexpr):
     """A [rows, columns], 0 for keys of the future and past the last row; LOCAL: also A of what no window reaches."""
@@ -254,7 +254,7 @@ def make_table(bias: Tensor, problem: Problem, dtype: torch.dtype) -> tuple[Tens
     """A, and A of what no window reaches."""
     table = bias.new_empty(problem.table_shape, dtype=dtype)
     far = bias.new_empty(problem.table_shape[0] if problem.local else 0, dtype=torch.float32)
-    BC = min(1024, power_of_two(problem.columns))
+    BC = min(1024, power_of_two(problem.columns)) if problem.local else 1024  # full: columns are as many as tokens
     table_kernel[(len(table),)](bias, table, far, bias.stride(0), problem.rows, problem.columns, bias.shape[1],
                                 BT=problem.BT, BC=BC, NB=problem.NB, LOCAL=problem.local, num_warps=4)
     return table, far

@@ -245,7 +245,7 @@ def steep_kernel(q, k, v, dy, mean, den, sums, tops, cu_seqlens, documents, shar
                 tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "shares", "few"])
+@triton.jit(do_not_specialize=["bias_t", "rows", "columns", "W", "shares", "few"])
 def bias_kernel(bias, dbias, sums, steep, bias_t, rows, columns, W, shares, few, BT: tl.constexpr, BC: tl.constexpr,
                 NB: tl.constexpr, LOCAL: tl.constexpr):
     """dbias [rows, W] from the shares of dw_ts / A_ts, in their order."""
@@ -323,6 +323,7 @@ def _bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dy: Tensor, mean: Tenso
         DOCUMENTS=p.cu_seqlens is not None, num_warps=4)
     whole = p.rows == len(bias) and (p.local or p.rows == bias.shape[1])
     dbias = bias.new_empty(bias.shape) if whole else bias.new_zeros(bias.shape)
+    BC = min(1024, power_of_two(bias.shape[1])) if p.local else 1024  # full: columns are as many as tokens
     bias_kernel[(p.rows,)](bias, dbias, sums, steep, bias.stride(0), p.rows, p.columns, bias.shape[1], shares, few,
-                           BT=p.BT, BC=min(1024, power_of_two(bias.shape[1])), NB=p.NB, LOCAL=p.local, num_warps=4)
+                           BT=p.BT, BC=BC, NB=p.NB, LOCAL=p.local, num_warps=4)
     return dbias
