@@ -83,24 +83,34 @@ def dq_kernel(
 
 
 @triton.jit
-def keys_gradient(b_dk, b_dv, b_k, b_v, p_q, p_dy, p_lse, p_delta, stride_q, stride_dy, first, last, o_low, o_high,
-                  length, scale, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr,
+def keys_gradient(b_dk, b_dv, b_k, b_v, p_q, p_dy, p_lse, p_delta, stride_q, stride_dy, first, tiles, jump, o_low,
+                  o_high, length, scale, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr,
                   PRECISION: tl.constexpr):
-    """dk / scale and dv of keys over the rows first .. last - 1; key s is seen by o_low <= t < o_high of them."""
-    for i_t in range(first, last, BT):
+    """dk / scale and dv of keys over `tiles` of rows from `first` on, the last of them `jump` rows further away.
+
+    Key s is seen by the rows o_low <= t < o_high. Without MASKED all tiles' rows are there, and see every key.
+    """
+    for i in range(tiles):
+        i_t = first + i * BT
+        if MASKED:
+            i_t += tl.where(i == tiles - 1, jump, 0)
         o_t = i_t + tl.arange(0, BT)
-        b_q = tile(p_q, i_t, stride_q, length, BT, K, BK, True)
-        b_lse = tl.load(p_lse + o_t, mask=o_t < length, other=float("inf"))
+        b_q = tile(p_q, i_t, stride_q, length, BT, K, BK, MASKED)
+        b_dy = tile(p_dy, i_t, stride_dy, length, BT, K, BK, MASKED)
+        if MASKED:
+            b_lse = tl.load(p_lse + o_t, mask=o_t < length, other=float("inf"))
+            b_delta = tl.load(p_delta + o_t, mask=o_t < length, other=0.0)
+        else:
+            b_lse = tl.load(p_lse + o_t)
+            b_delta = tl.load(p_delta + o_t)
         zero = tl.zeros([b_k.shape[0], BT], tl.float32)
         b_s = dot(b_k, tl.trans(b_q), zero, PRECISION)
-        b_dy = tile(p_dy, i_t, stride_dy, length, BT, K, BK, True)
         b_dp = dot(b_v, tl.trans(b_dy), zero, PRECISION)
         b_s = b_s * scale - b_lse[None, :]
         if MASKED:
             b_s = tl.where((o_t[None, :] >= o_low[:, None]) & (o_t[None, :] < o_high[:, None]), b_s, float("-inf"))
         b_p = tl.exp2(b_s)
         b_dv = dot(b_p.to(b_dy.dtype), b_dy, b_dv, PRECISION)
-        b_delta = tl.load(p_delta + o_t, mask=o_t < length, other=0.0)
         b_ds = b_p * (b_dp - b_delta[None, :])
         b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk, PRECISION)
     return b_dk, b_dv
@@ -131,6 +141,8 @@ def dkdv_kernel(
     b_v = tile(p_v + i_b * v_b + first_key * v_t + i_g * v_h, a, v_t, keys, BS, K, BK, True)
     b_dk = tl.zeros([BS, BK], tl.float32)
     b_dv = tl.zeros([BS, BK], tl.float32)
+    # rows: `masked` tiles from `first` on that some keys do not see, `whole` ones from `full` on that all keys see and,
+    # where rows are left over at the end, one more masked tile: `jump` rows after the place of the next
     if SUMMARIES:  # seen from the block after theirs on
         o_low, o_high = (o_s // R + 1) * C, o_s * 0 + length
         first, full = (a // R + 1) * C, ((a + BS - 1) // R + 1) * C
@@ -139,19 +151,26 @@ def dkdv_kernel(
         first, full = a, a + BS
     else:
         o_low, o_high = o_s, (o_s // C + 1) * C
-        first, full = a, ((a + BS - 1) // C + 1) * C
-    full = first + (full - first + BT - 1) // BT * BT
+        first, full = a, tl.minimum(((a + BS - 1) // C + 1) * C, length)
+    masked = tl.cdiv(tl.maximum(tl.minimum(full, length) - first, 0), BT)
+    full = first + masked * BT
+    whole, jump = 0, 0
+    if SUMMARIES or C == 0:
+        whole = tl.maximum(length - full, 0) // BT
+        if full + whole * BT < length:
+            masked += 1
+            jump = whole * BT
     for i in range(GROUP):
         i_h = i_g * GROUP + i
         p_q_ = p_q + i_b * q_b + start * q_t + i_h * q_h
         p_dy_ = p_dy + i_b * dy_b + start * dy_t + i_h * dy_h
         o_row = (i_b * H + i_h) * T + start
         b_dk, b_dv = keys_gradient(b_dk, b_dv, b_k, b_v, p_q_, p_dy_, p_lse + o_row, p_delta + o_row, q_t, dy_t,
-                                   first, tl.minimum(full, length), o_low, o_high, length, exponent_scale,
+                                   first, masked, jump, o_low, o_high, length, exponent_scale,
                                    K, BT, BK, True, PRECISION)
         if SUMMARIES or C == 0:
             b_dk, b_dv = keys_gradient(b_dk, b_dv, b_k, b_v, p_q_, p_dy_, p_lse + o_row, p_delta + o_row, q_t, dy_t,
-                                       full, length, o_low, o_high, length, exponent_scale,
+                                       full, whole, 0, o_low, o_high, length, exponent_scale,
                                        K, BT, BK, False, PRECISION)
     put(p_dk + i_b * dk_b + first_key * dk_t + i_g * dk_h, b_dk * scale, a, dk_t, keys, K)
     put(p_dv + i_b * dv_b + first_key * dv_t + i_g * dv_h, b_dv, a, dv_t, keys, K)
