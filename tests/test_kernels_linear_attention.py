@@ -164,8 +164,8 @@ def test_results_are_the_same_every_time() -> None:
 @interpreted
 def test_the_operator_is_registered_as_it_should_be() -> None:
     given = [x.float().requires_grad_() for x in inputs(17, B=1).values()]
-    torch.library.opcheck(registered.linear_attention, (*given, None))
-    torch.library.opcheck(registered.linear_attention, (*given[:3], None, torch.tensor([0, 4, 17])))
+    torch.library.opcheck(registered.linear_attention, (*given, None, True))
+    torch.library.opcheck(registered.linear_attention, (*given[:3], None, torch.tensor([0, 4, 17]), False))
 
 
 def test_compiled_equals_eager() -> None:
@@ -261,7 +261,9 @@ def builds() -> None:
     for dtype, K, V in ((torch.bfloat16, 64, 64), (torch.bfloat16, 256, 64), (torch.bfloat16, 128, 128),
                         (torch.float32, 64, 64), (torch.float32, 256, 256)):
         q, v, first = torch.empty(2, 64, 1, K, dtype=dtype), torch.empty(2, 64, 1, V, dtype=dtype), None
-        kernels.forward(q, q, v, first, None)
-        kernels.backward(v, None, q, q, v, first, None)
+        shape = registered.kept_states(q, q, v, None)
+        kept = torch.empty(shape, dtype=dtype) if len(shape) > 1 else None
+        kernels.forward(q, q, v, first, None, kept)
+        kernels.backward(v, None, q, q, v, first, None, kept)
     borders = torch.tensor([0, 3, 64])
-    kernels.forward(q[:1], q[:1], v[:1], first, borders)
+    kernels.forward(q[:1], q[:1], v[:1], first, borders, None)

@@ -33,18 +33,43 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+@triton.jit(do_not_specialize=["N", "ROWS", "SIZE"])
+def cut_kernel(p_cu, p_table, p_borders, p_ends, N, ROWS, SIZE, BLOCK: tl.constexpr):
+    """A document's rows of the table, and where they begin; program N fills the rows that are left over."""
+    i_n, o = tl.program_id(0), tl.arange(0, BLOCK)
+    b_chunks = tl.zeros([BLOCK], tl.int32)  # of the documents before
+    for i in range(0, i_n, BLOCK):
+        b_from = tl.load(p_cu + i + o, mask=i + o < i_n, other=0)
+        b_to = tl.load(p_cu + i + o + 1, mask=i + o < i_n, other=0)
+        b_chunks += ((b_to - b_from + SIZE - 1) // SIZE).to(tl.int32)
+    first, start = tl.sum(b_chunks), tl.load(p_cu + i_n)
+    tl.store(p_ends + i_n, first)
+    tl.store(p_borders + i_n, start.to(tl.int32))
+    end = tl.load(p_cu + i_n + 1, mask=i_n < N, other=0)
+    chunks = tl.where(i_n < N, ((end - start + SIZE - 1) // SIZE).to(tl.int32), ROWS - first)
+    for i in range(0, chunks, BLOCK):
+        to = p_table + 2 * (first + i + o)
+        tl.store(to, tl.where(i_n < N, i_n, -1), mask=i + o < chunks)
+        tl.store(to + 1, tl.where(i_n < N, i + o, 0), mask=i + o < chunks)
+
+
+def cut_documents(cu_seqlens: Tensor, total: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Chunks of `size` tokens of documents packed in a row -> (`document_chunks`, borders [N + 1], ends [N + 1]), int32.
+
+    borders are cu_seqlens; ends[n] is the row of the table where document n's chunks begin. One launch.
+    """
+    N, device = len(cu_seqlens) - 1, cu_seqlens.device
+    table = torch.empty(total // size + N, 2, dtype=torch.int32, device=device)
+    borders, ends = (torch.empty(N + 1, dtype=torch.int32, device=device) for _ in range(2))
+    with torch.cuda.device_of(table):
+        cut_kernel[(N + 1,)](cu_seqlens.contiguous(), table, borders, ends, N, len(table), size, BLOCK=256, num_warps=2)
+    return table, borders, ends
+
+
 def document_chunks(cu_seqlens: Tensor, total: int, size: int) -> Tensor:
     """Chunks of `size` tokens of documents packed in a row -> int32 [total // size + N, 2]: document, chunk in it.
 
     cu_seqlens [N + 1], on the device and ascending from 0 to `total`; documents may be empty. The number of rows is
-    a bound, known without waiting for the device; rows past the last chunk have document -1.
+    a bound, known without waiting for the device; rows past the last chunk have document -1, chunk 0.
     """
-    lengths = cu_seqlens.diff()
-    chunks = (lengths + size - 1) // size
-    ends = chunks.cumsum(0)
-    row = torch.arange(total // size + len(lengths), device=cu_seqlens.device)
-    document = torch.searchsorted(ends, row, right=True)
-    inside = document < len(lengths)
-    first = (ends - chunks)[document.clamp(max=len(lengths) - 1)]
-    table = torch.stack([torch.where(inside, document, -1), torch.where(inside, row - first, 0)], 1)
-    return table.to(torch.int32)
+    return cut_documents(cu_seqlens, total, size)[0]

@@ -1,4 +1,4 @@
-"""Causal linear attention in chunks (2006.16236 eq. 9-12, not normalised), forwards and backwards in one kernel.
+"""Causal linear attention in chunks (2006.16236 eq. 9-12, not normalised), forwards and backwards.
 
     y_t = q_t S_t,   S_t = S_{t-1} + k_t^T v_t,   that is   y_t = sum_{s<=t} (q_t . k_s) v_s + q_t S_0
 
@@ -6,39 +6,57 @@ With A(q, k, v; S_0) for y, and A' for the same with s >= t and the state that c
 
     dq = A(dy, v, k; S_0^T),   dv = A'(k, q, dy; dS_T),   dk = A'(v, dy, q; dS_T^T),   dS_0 = dS_T + sum_t q_t^T dy_t
 
-so that a single kernel, `walk`, does all four. A program takes a row of tokens, a head and BV columns of the values,
-and goes over chunks of BT tokens with the state [K, BV] in registers, in float32: it reads q, k and v once, writes y
-once, and keeps nothing for the backward pass. Where rows and heads are too few to occupy a GPU, rows are cut into
-segments: `sums` adds up each segment's k^T v, `scan` turns the sums into the state before each, and `walk` goes over
-all segments side by side. Documents packed in a row are rows cut into segments, at borders of their own.
+so that one kernel, `walk`, does all four: a program takes a row of tokens, a head and BV columns of the values, and goes
+over chunks of BT tokens with the state [BK, BV] in registers, in float32, reading q, k, v and writing y once. A state
+too large for registers is cut along K too: the parts' y are added up afterwards. Where the state is small and operands
+have 16 bits, `walk` leaves the state before every few chunks in memory, and `back` goes once from the end for dq, dk
+and dv together; 12 tensors instead of 16 pass through memory.
+
+Where rows and heads are too few to occupy a GPU, rows are cut into segments: `sums` adds up each segment's k^T v,
+`scan` turns the sums into the state before each, and all segments are walked side by side. Documents packed in a row
+are rows cut into segments, at borders of their own. That there are documents, segments or a first state is told by
+numbers and no build's own.
 
 Products take operands of the inputs' 16-bit type (the state is rounded to it as an operand, never as a sum).
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._common import document_chunks, dot, power_of_two, precision
+from zoo.kernels._common import cut_documents, dot, power_of_two, precision
 
-VARYING = ["T", "SEGMENT", "SEGMENTS"]  # change from batch to batch: never in a compile key
+VARYING = ["T", "SEGMENT", "SEGMENTS", "DOCUMENTS", "BEFORE", "AFTER"]  # change from batch to batch: in no compile key
 
 
 @triton.jit
-def place(i_row, p_rows, p_borders, T, SEGMENT, SEGMENTS, DOCUMENTS: tl.constexpr):
+def place(i_row, p_rows, p_borders, T, SEGMENT, SEGMENTS, DOCUMENTS):
     """Segment i_row -> its batch row, first token and number of tokens (0 where there is none), all 64-bit."""
-    i_b, start, length = i_row // SEGMENTS, i_row * 0, T
-    i_s = (i_row % SEGMENTS).to(tl.int64)
+    i_b, start, length = i_row // SEGMENTS, i_row * 0, i_row * 0 + T
+    i_s = i_row % SEGMENTS
     if DOCUMENTS:
-        i_n = tl.load(p_rows + 2 * i_row)
+        i_n = tl.load(p_rows + 2 * i_row).to(tl.int64)
         i_s = tl.load(p_rows + 2 * i_row + 1).to(tl.int64)
         start = tl.load(p_borders + tl.maximum(i_n, 0)).to(tl.int64)
         length = tl.where(i_n >= 0, tl.load(p_borders + tl.maximum(i_n, 0) + 1).to(tl.int64) - start, 0)
         i_b = i_row * 0
     return i_b, start + i_s * SEGMENT, tl.maximum(tl.minimum(length - i_s * SEGMENT, SEGMENT), 0)
+
+
+@triton.jit
+def kept(i_row, p_rows, p_borders, T, SEGMENT, SEGMENTS, DOCUMENTS, KEEP: tl.constexpr):
+    """The place of the first state that is kept of segment i_row, in a list of one every KEEP tokens of a document."""
+    first = i_row // SEGMENTS * ((T + KEEP - 1) // KEEP) + i_row % SEGMENTS * (SEGMENT // KEEP)
+    if DOCUMENTS:
+        i_n = tl.maximum(tl.load(p_rows + 2 * i_row), 0).to(tl.int64)
+        i_s = tl.load(p_rows + 2 * i_row + 1).to(tl.int64)
+        first = tl.load(p_borders + i_n).to(tl.int64) // KEEP + i_n + i_s * (SEGMENT // KEEP)
+    return first
 
 
 @triton.jit
@@ -49,28 +67,42 @@ def tile(p, first, length, o_t, o_k, stride, SIZE: tl.constexpr, OPERAND: tl.con
                    other=0.0).to(OPERAND)
 
 
+@triton.jit
+def put(p, b, first, length, o_t, o_k, stride, SIZE: tl.constexpr):
+    """The converse of `tile`."""
+    p += first * stride
+    tl.store(p + o_t[:, None] * stride + o_k[None, :], b.to(p.dtype.element_ty),
+             mask=(first + o_t < length)[:, None] & (o_k < SIZE)[None])
+
+
 @triton.jit(do_not_specialize=VARYING)
 def walk_kernel(
-    p_q, p_k, p_v, p_y, p_before, p_after, p_rows, p_borders, T, SEGMENT, SEGMENTS,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_b, y_t, y_h, state_k, state_v,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, REVERSE: tl.constexpr, DOCUMENTS: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    p_q, p_k, p_v, p_y, p_before, p_after, p_kept, p_rows, p_borders, T, SEGMENT, SEGMENTS, DOCUMENTS, BEFORE, AFTER,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_k,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    KEEP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """y of BV columns of a segment, from the state before it (behind it if REVERSE); the state after it."""
+    """y of BV columns of a segment, from the state before it (behind it if REVERSE); the state after it.
+
+    States are [R, H, K, V], or [R, H, V, K] if TRANSPOSED. With BK under K, the share of BK rows of the state in y.
+    """
+    NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     i = tl.program_id(0).to(tl.int64)
-    i_row, i_h, i_v = i // (H * NV), i // NV % H, i % NV
+    i_row, i_h, i_k, i_v = i // (H * NK * NV), i // (NK * NV) % H, i // NV % NK, i % NV
     i_b, start, length = place(i_row, p_rows, p_borders, T, SEGMENT, SEGMENTS, DOCUMENTS)
-    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    o_t, o_k, o_v = tl.arange(0, BT), i_k * BK + tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     p_q += i_b * q_b + start * q_t + i_h * q_h
     p_k += i_b * k_b + start * k_t + i_h * k_h
     p_v += i_b * v_b + start * v_t + i_h * v_h
-    p_y += i_b * y_b + start * y_t + i_h * y_h
-    o_state = (i_row * H + i_h) * (K * V) + o_k[:, None] * state_k + o_v[None, :] * state_v
+    p_y += i_k * y_k + ((i_b * T + start) * H + i_h) * V
+    o_state = o_k[:, None] + o_v[None, :] * K if TRANSPOSED else o_k[:, None] * V + o_v[None, :]
     m_state = (o_k < K)[:, None] & (o_v < V)[None, :]
-    b_state = tl.zeros([BK, BV], tl.float32)
-    if p_before is not None:
-        b_state += tl.load(p_before + o_state, mask=m_state, other=0.0).to(tl.float32)
+    p_before += (i_row * H + i_h) * (K * V)
+    b_state = tl.load(p_before + o_state, mask=m_state & (BEFORE != 0), other=0.0)
+    if KEEP:
+        p_kept += (kept(i_row, p_rows, p_borders, T, SEGMENT, SEGMENTS, DOCUMENTS, KEEP) * H + i_h) * (K * V)
     seen = o_t[:, None] <= o_t[None, :] if REVERSE else o_t[:, None] >= o_t[None, :]
     chunks = (length + BT - 1) // BT
     for i_c in range(chunks):
@@ -78,29 +110,91 @@ def walk_kernel(
         b_q = tile(p_q, first, length, o_t, o_k, q_t, K, OPERAND)
         b_k = tile(p_k, first, length, o_t, o_k, k_t, K, OPERAND)
         b_v = tile(p_v, first, length, o_t, o_v, v_t, V, OPERAND)
+        b_before = b_state.to(OPERAND)
+        if KEEP:
+            tl.store(p_kept + first // KEEP * (H * K * V) + o_state, b_before, mask=m_state & (first % KEEP == 0))
         b_scores = dot(b_q, tl.trans(b_k), tl.zeros([BT, BT], tl.float32), PRECISION)
         b_scores = tl.where(seen, b_scores, 0.0)
-        b_y = dot(b_q, b_state.to(OPERAND), tl.zeros([BT, BV], tl.float32), PRECISION)
+        b_y = dot(b_q, b_before, tl.zeros([BT, BV], tl.float32), PRECISION)
         b_y = dot(b_scores.to(OPERAND), b_v, b_y, PRECISION)
         b_state = dot(tl.trans(b_k), b_v, b_state, PRECISION)
-        p_to = p_y + first * y_t + o_t[:, None] * y_t + o_v[None, :]
-        tl.store(p_to, b_y.to(p_y.dtype.element_ty), mask=(first + o_t < length)[:, None] & (o_v < V)[None, :])
-    if p_after is not None:
-        tl.store(p_after + o_state, b_state, mask=m_state)
+        put(p_y, b_y, first, length, o_t, o_v, H * V, V)
+    p_after += (i_row * H + i_h) * (K * V)
+    tl.store(p_after + o_state, b_state, mask=m_state & (AFTER != 0))
+
+
+@triton.jit(do_not_specialize=VARYING)
+def back_kernel(
+    p_q, p_k, p_v, p_dy, p_dq, p_dk, p_dv, p_behind, p_dfirst, p_kept, p_rows, p_borders, T, SEGMENT, SEGMENTS,
+    DOCUMENTS, BEFORE, AFTER, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dy_b, dy_t, dy_h,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """dq, dk and dv of a segment from the states that `walk` kept, and the state's gradient behind it; that before it.
+
+    The gradient is summed twice, once transposed: a product's result must not be transposed into another product.
+    """
+    i = tl.program_id(0).to(tl.int64)
+    i_row, i_h = i // H, i % H
+    i_b, start, length = place(i_row, p_rows, p_borders, T, SEGMENT, SEGMENTS, DOCUMENTS)
+    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BV)
+    p_q += i_b * q_b + start * q_t + i_h * q_h
+    p_k += i_b * k_b + start * k_t + i_h * k_h
+    p_v += i_b * v_b + start * v_t + i_h * v_h
+    p_dy += i_b * dy_b + start * dy_t + i_h * dy_h
+    o_to = (i_b * T + start) * H + i_h
+    p_dq += o_to * K
+    p_dk += o_to * K
+    p_dv += o_to * V
+    o_state = o_k[:, None] * V + o_v[None, :]
+    m_state = (o_k < K)[:, None] & (o_v < V)[None, :]
+    o_turned = o_k[None, :] * V + o_v[:, None]
+    m_turned = (o_k < K)[None, :] & (o_v < V)[:, None]
+    p_behind += (i_row * H + i_h) * (K * V)
+    b_d = tl.load(p_behind + o_state, mask=m_state & (BEFORE != 0), other=0.0)
+    b_d_turned = tl.load(p_behind + o_turned, mask=m_turned & (BEFORE != 0), other=0.0)
+    p_kept += (kept(i_row, p_rows, p_borders, T, SEGMENT, SEGMENTS, DOCUMENTS, BT) * H + i_h) * (K * V)
+    seen = o_t[:, None] >= o_t[None, :]
+    chunks = (length + BT - 1) // BT
+    for i_c in range(chunks):
+        first = (chunks - 1 - i_c) * BT
+        b_q = tile(p_q, first, length, o_t, o_k, q_t, K, OPERAND)
+        b_k = tile(p_k, first, length, o_t, o_k, k_t, K, OPERAND)
+        b_v = tile(p_v, first, length, o_t, o_v, v_t, V, OPERAND)
+        b_dy = tile(p_dy, first, length, o_t, o_v, dy_t, V, OPERAND)
+        b_state = tl.load(p_kept + first // BT * (H * K * V) + o_state, mask=m_state, other=0.0)
+        b_dscores = tl.where(seen, dot(b_dy, tl.trans(b_v), tl.zeros([BT, BT], tl.float32), PRECISION), 0.0)
+        b_dq = dot(b_dy, tl.trans(b_state), tl.zeros([BT, BK], tl.float32), PRECISION)
+        b_dq = dot(b_dscores.to(OPERAND), b_k, b_dq, PRECISION)
+        put(p_dq, b_dq, first, length, o_t, o_k, H * K, K)
+        behind = tl.trans(seen)
+        b_dscores = tl.where(behind, dot(b_v, tl.trans(b_dy), tl.zeros([BT, BT], tl.float32), PRECISION), 0.0)
+        b_dk = dot(b_v, b_d_turned.to(OPERAND), tl.zeros([BT, BK], tl.float32), PRECISION)
+        b_dk = dot(b_dscores.to(OPERAND), b_q, b_dk, PRECISION)
+        put(p_dk, b_dk, first, length, o_t, o_k, H * K, K)
+        b_scores = tl.where(behind, dot(b_k, tl.trans(b_q), tl.zeros([BT, BT], tl.float32), PRECISION), 0.0)
+        b_dv = dot(b_k, b_d.to(OPERAND), tl.zeros([BT, BV], tl.float32), PRECISION)
+        b_dv = dot(b_scores.to(OPERAND), b_dy, b_dv, PRECISION)
+        put(p_dv, b_dv, first, length, o_t, o_v, H * V, V)
+        b_d = dot(tl.trans(b_q), b_dy, b_d, PRECISION)
+        b_d_turned = dot(tl.trans(b_dy), b_q, b_d_turned, PRECISION)
+    p_dfirst += (i_row * H + i_h) * (K * V)
+    tl.store(p_dfirst + o_state, b_d, mask=m_state & (AFTER != 0))
 
 
 @triton.jit(do_not_specialize=VARYING)
 def sums_kernel(
-    p_k, p_v, p_sums, p_rows, p_borders, T, SEGMENT, SEGMENTS, k_b, k_t, k_h, v_b, v_t, v_h,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, DOCUMENTS: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    p_k, p_v, p_sums, p_rows, p_borders, T, SEGMENT, SEGMENTS, DOCUMENTS, k_b, k_t, k_h, v_b, v_t, v_h,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """sum_t k_t^T v_t of a segment."""
+    """sum_t k_t^T v_t of a segment, BK rows and BV columns of it."""
+    NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     i = tl.program_id(0).to(tl.int64)
-    i_row, i_h, i_v = i // (H * NV), i // NV % H, i % NV
+    i_row, i_h, i_k, i_v = i // (H * NK * NV), i // (NK * NV) % H, i // NV % NK, i % NV
     i_b, start, length = place(i_row, p_rows, p_borders, T, SEGMENT, SEGMENTS, DOCUMENTS)
-    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    o_t, o_k, o_v = tl.arange(0, BT), i_k * BK + tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     p_k += i_b * k_b + start * k_t + i_h * k_h
     p_v += i_b * v_b + start * v_t + i_h * v_h
     b_state = tl.zeros([BK, BV], tl.float32)
@@ -112,9 +206,9 @@ def sums_kernel(
     tl.store(p_sums + o_state, b_state, mask=(o_k < K)[:, None] & (o_v < V)[None, :])
 
 
-@triton.jit(do_not_specialize=["SEGMENTS"])
-def scan_kernel(p_sums, p_states, p_first, p_last, p_ends, SEGMENTS, SIZE: tl.constexpr, REVERSE: tl.constexpr,
-                DOCUMENTS: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["SEGMENTS", "DOCUMENTS", "BEFORE"])
+def scan_kernel(p_sums, p_states, p_first, p_last, p_ends, SEGMENTS, DOCUMENTS, BEFORE, SIZE: tl.constexpr,
+                REVERSE: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr):
     """The state before (REVERSE: behind) each segment of a row or document, and the last; BR segments at a time.
 
     Numbers of a segment never enter the state before it, not even to be taken off again: that would leave a rounding.
@@ -127,9 +221,7 @@ def scan_kernel(p_sums, p_states, p_first, p_last, p_ends, SEGMENTS, SIZE: tl.co
     if DOCUMENTS:
         first = tl.load(p_ends + i_n).to(tl.int64)
         last = tl.load(p_ends + i_n + 1).to(tl.int64)
-    b_state = tl.zeros([BLOCK], tl.float32)
-    if p_first is not None:
-        b_state += tl.load(p_first + i_n * SIZE + o, mask=o < SIZE, other=0.0).to(tl.float32)
+    b_state = tl.load(p_first + i_n * SIZE + o, mask=(o < SIZE) & (BEFORE != 0), other=0.0)
     for i_r in range(0, last - first, BR):
         o_in = i_r + o_r - 1  # the segment before
         row, row_in = first + i_r + o_r, first + o_in
@@ -148,11 +240,12 @@ def scan_kernel(p_sums, p_states, p_first, p_last, p_ends, SEGMENTS, SIZE: tl.co
 
 
 PROGRAMS = 256  # about two for each multiprocessor: rows are cut until there are as many
-# (tokens BT, columns BV, warps, stages) by bytes of an operand's element and padded key width
+# (tokens BT, columns BV, warps, stages) by bytes of an operand's element and rows BK of the state
 TILES = {
     2: {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (64, 64, 4, 2)},
-    4: {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 4, 1), 256: (16, 32, 8, 1)},
+    4: {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 32, 4, 2)},
 }
+BACK = (64, 4, 2)  # of `back`: tokens, warps, stages
 NAMES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -168,21 +261,33 @@ class Rows:
     def __init__(self, B: int, T: int, heads: int, cu_seqlens: Tensor | None):
         wanted = max(1, PROGRAMS // max(1, heads * B))
         self.segment = max(1, triton.cdiv(T, 64 * wanted)) * 64
-        self.borders, self.T = cu_seqlens, T
+        self.T = T
         if cu_seqlens is None:
             self.segments = max(1, triton.cdiv(T, self.segment))
-            self.number, self.count, self.table, self.ends = B, B * self.segments, None, None
+            self.number, self.count = B, B * self.segments
+            self.table = self.borders = self.ends = None
         else:
             self.segments, self.number = 1, len(cu_seqlens) - 1
-            self.table = document_chunks(cu_seqlens, T, self.segment)
+            self.table, self.borders, self.ends = cut_documents(cu_seqlens, T, self.segment)
             self.count = len(self.table)
-            lengths = (cu_seqlens.diff() + self.segment - 1) // self.segment
-            self.ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
 
     @property
     def whole(self) -> bool:
         """Every row is one segment, whose state before it is the row's own."""
         return self.segments == 1 and self.table is None
+
+    def place(self, device: torch.device) -> tuple[Tensor, Tensor, int, int, int, int]:
+        """The arguments of the kernels' `place`, of the same types with documents and without."""
+        if self.table is None or self.borders is None:
+            none = nothing(device, torch.int32)
+            return none, none, self.T, self.segment, self.segments, 0
+        return self.table, self.borders, self.T, self.segment, 1, 1
+
+
+@functools.cache
+def nothing(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Stands for a tensor that is not there: None would have a build of its own."""
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 def last_contiguous(x: Tensor) -> Tensor:
@@ -196,8 +301,10 @@ def scan(sums: Tensor, first: Tensor | None, rows: Rows, reverse: bool) -> tuple
     size = sums[0].numel()
     if last.numel():
         scan_kernel[(rows.number * triton.cdiv(size, 128),)](
-            sums, states, first, last, rows.ends, rows.segments, SIZE=size, REVERSE=reverse,
-            DOCUMENTS=rows.ends is not None, BR=16, BLOCK=128, num_warps=4)
+            sums, states, sums if first is None else first.float(), last,
+            nothing(sums.device, torch.int32) if rows.ends is None else rows.ends, rows.segments,
+            int(rows.ends is not None), int(first is not None), SIZE=size, REVERSE=reverse, BR=16, BLOCK=128,
+            num_warps=4)
     return states, last
 
 
@@ -209,67 +316,84 @@ def states(k: Tensor, v: Tensor, first: Tensor | None, rows: Rows, reverse: bool
     H, K, V = *k.shape[2:], v.shape[3]
     sums = torch.empty(rows.count, H, K, V, dtype=torch.float32, device=k.device)
     BK, BT, BV, warps, stages = tiling(K, V, dtype)
-    sums_kernel[(rows.count * H * triton.cdiv(V, BV),)](
-        k, v, sums, rows.table, rows.borders, rows.T, rows.segment, rows.segments, *k.stride()[:3], *v.stride()[:3],
-        H=H, K=K, V=V, DOCUMENTS=rows.table is not None, BT=BT, BK=BK, BV=BV, OPERAND=NAMES[dtype],
-        PRECISION=precision(dtype), num_warps=warps, num_stages=stages)
+    sums_kernel[(rows.count * H * triton.cdiv(K, BK) * triton.cdiv(V, BV),)](
+        k, v, sums, *rows.place(k.device), *k.stride()[:3], *v.stride()[:3], H=H, K=K, V=V, BT=BT, BK=BK, BV=BV,
+        OPERAND=NAMES[dtype], PRECISION=precision(dtype), num_warps=warps, num_stages=stages)
     return scan(sums, first, rows, reverse)
 
 
-def walk(q: Tensor, k: Tensor, v: Tensor, y: Tensor, before: Tensor | None, after: Tensor | None, rows: Rows,
-         dtype: torch.dtype, *, reverse: bool = False, transposed: bool = False) -> None:
-    """Write y, and `after` if it is wanted; states are [R, H, K, V], or [R, H, V, K] if transposed."""
+def walk(q: Tensor, k: Tensor, v: Tensor, y_dtype: torch.dtype, before: Tensor | None, after: Tensor | None,
+         rows: Rows, dtype: torch.dtype, *, reverse: bool = False, transposed: bool = False, kept: Tensor | None = None,
+         every: int = 0) -> Tensor:
+    """-> y. `after` is written if it is given, and the state before every `every` tokens to `kept`."""
     H, K, V = *q.shape[2:], v.shape[3]
     BK, BT, BV, warps, stages = tiling(K, V, dtype)
-    walk_kernel[(rows.count * H * triton.cdiv(V, BV),)](
-        q, k, v, y, before, after, rows.table, rows.borders, rows.T, rows.segment, rows.segments, *q.stride()[:3],
-        *k.stride()[:3], *v.stride()[:3], *y.stride()[:3], *((1, K) if transposed else (V, 1)),
-        H=H, K=K, V=V, REVERSE=reverse, DOCUMENTS=rows.table is not None, BT=BT, BK=BK, BV=BV, OPERAND=NAMES[dtype],
-        PRECISION=precision(dtype), num_warps=warps, num_stages=stages)
+    parts = triton.cdiv(K, BK)
+    y = torch.empty(parts, *v.shape, dtype=y_dtype if parts == 1 else torch.float32, device=v.device)
+    none = nothing(q.device, torch.float32)
+    walk_kernel[(rows.count * H * parts * triton.cdiv(V, BV),)](
+        q, k, v, y, none if before is None else before, none if after is None else after, kept,
+        *rows.place(q.device), int(before is not None), int(after is not None), *q.stride()[:3], *k.stride()[:3],
+        *v.stride()[:3], y.stride(0), H=H, K=K, V=V, REVERSE=reverse, TRANSPOSED=transposed, KEEP=every, BT=BT, BK=BK,
+        BV=BV, OPERAND=NAMES[dtype], PRECISION=precision(dtype), num_warps=warps, num_stages=stages)
+    return y[0] if parts == 1 else y.sum(0).to(y_dtype)
 
 
 def tiling(K: int, V: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
-    BK = max(16, power_of_two(K))
-    BT, BV, warps, stages = TILES[dtype.itemsize][BK]
+    tiles = TILES[dtype.itemsize]
+    BK = max(16, min(power_of_two(K), max(tiles)))
+    BT, BV, warps, stages = tiles[BK]
     return BK, BT, min(BV, max(16, power_of_two(V))), warps, stages
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None,
-            cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+            kept: Tensor | None) -> tuple[Tensor, Tensor]:
     """q, k [B, T, H, K], v [B, T, H, V], initial_state [N, H, K, V] -> y in v's type, the last states in float32."""
     dtype = operand(q, k, v)
-    q, k, v = (last_contiguous(x) for x in (q, k, v))
+    q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
     B, T, H, K = q.shape
-    y = v.new_empty(v.shape)
     rows = Rows(B, T, H * triton.cdiv(v.shape[3], 64), cu_seqlens)
-    first = None if initial_state is None else initial_state.contiguous()
+    first = None if initial_state is None else initial_state.float().contiguous()
     with torch.cuda.device_of(q):
         before, last = states(k, v, first, rows, False, dtype)
         after = None
         if last is None:
             last = after = torch.empty(B, H, K, v.shape[3], dtype=torch.float32, device=q.device)
-        if rows.count * H:
-            walk(q, k, v, y, before, after, rows, dtype)
+        if not rows.count * H:
+            return v.new_empty(v.shape), last
+        y = walk(q, k, v, v.dtype, before, after, rows, dtype, kept=kept, every=0 if kept is None else BACK[0])
     return y, last
 
 
 def backward(dy: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None,
-             cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+             cu_seqlens: Tensor | None, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> dq, dk, dv in their inputs' types and the gradient of the initial state in float32."""
     dtype = operand(q, k, v)
-    dy, q, k, v = (last_contiguous(x) for x in (dy, q, k, v))
+    dy, q, k, v = last_contiguous(dy), last_contiguous(q), last_contiguous(k), last_contiguous(v)
     B, T, H, K = q.shape
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    rows = Rows(B, T, H * triton.cdiv(v.shape[3], 64), cu_seqlens)
-    first, behind = (None if x is None else x.contiguous() for x in (initial_state, dlast))
+    V = v.shape[3]
+    rows = Rows(B, T, H * triton.cdiv(V, 64), cu_seqlens)
+    first, behind = (None if x is None else x.float().contiguous() for x in (initial_state, dlast))
     with torch.cuda.device_of(q):
-        before, _ = states(k, v, first, rows, False, dtype)
         behind, dfirst = states(q, dy, behind, rows, True, dtype)
         after = None
         if dfirst is None:
-            dfirst = after = torch.empty(B, H, K, v.shape[3], dtype=torch.float32, device=q.device)
-        if rows.count * H:
-            walk(dy, v, k, dq, before, None, rows, dtype, transposed=True)
-            walk(k, q, dy, dv, behind, after, rows, dtype, reverse=True)
-            walk(v, dy, q, dk, behind, None, rows, dtype, reverse=True, transposed=True)
+            dfirst = after = torch.empty(B, H, K, V, dtype=torch.float32, device=q.device)
+        if not rows.count * H:
+            return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dfirst
+        if kept is None:
+            before, _ = states(k, v, first, rows, False, dtype)
+            dq = walk(dy, v, k, q.dtype, before, None, rows, dtype, transposed=True)
+            dv = walk(k, q, dy, v.dtype, behind, after, rows, dtype, reverse=True)
+            dk = walk(v, dy, q, k.dtype, behind, None, rows, dtype, reverse=True, transposed=True)
+            return dq, dk, dv, dfirst
+        dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        none = nothing(q.device, torch.float32)
+        BT, warps, stages = BACK
+        back_kernel[(rows.count * H,)](
+            q, k, v, dy, dq, dk, dv, none if behind is None else behind, none if after is None else after, kept,
+            *rows.place(q.device), int(behind is not None), int(after is not None), *q.stride()[:3], *k.stride()[:3],
+            *v.stride()[:3], *dy.stride()[:3], H=H, K=K, V=V, BT=BT, BK=max(16, power_of_two(K)),
+            BV=max(16, power_of_two(V)), OPERAND=NAMES[dtype], PRECISION=precision(dtype), num_warps=warps,
+            num_stages=stages)
     return dq, dk, dv, dfirst

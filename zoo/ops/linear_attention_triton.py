@@ -13,56 +13,77 @@ from zoo.ops.backend import Kernel
 from zoo.ops.documents import check_documents
 
 
-@torch.library.custom_op("zoo::linear_attention", mutates_args=())
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None,
-                     cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """q, k [B, T, H, K], v [B, T, H, V], initial_state [N, H, K, V] -> y [B, T, H, V], last states in float32.
+CHUNK = 64  # tokens between the states that are kept for the backward pass
 
-    Nothing but the inputs is kept for the backward pass. Where rows are cut into R segments, the states before them
-    are in memory while a pass lasts, 8 R H K V bytes; the backward pass has two sets.
+
+def kept_states(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
+    """The shape of the states that are kept, none where they would outweigh the tensors or a GPU's registers.
+
+    One every CHUNK tokens of a row or document, in the products' type; rows of documents have a bound of them.
+    """
+    B, T, H, K = q.shape
+    if max(K, v.shape[3]) > CHUNK or product_type(q, k, v).dtype.itemsize > 2:
+        return (0,)
+    chunks = B * -(-T // CHUNK) if cu_seqlens is None else T // CHUNK + cu_seqlens.shape[0] - 1
+    return chunks, H, K, v.shape[3]
+
+
+@torch.library.custom_op("zoo::linear_attention", mutates_args=())
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+                     keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k [B, T, H, K], v [B, T, H, V], initial_state [N, H, K, V] -> y [B, T, H, V], last states in float32, kept.
+
+    The inputs are kept for the backward pass; if `keep`, also a state every 64 tokens where inputs are 16-bit and K and
+    V at most 64 (`kept_states`): 2 K V / 64 bytes a token and head. Where rows are cut into R segments, the states
+    before them are in memory while a pass lasts, 8 R H K V bytes; the backward pass without kept states has two sets.
+    float32 of K over 64 takes ceil(K / 64) parts of y in float32.
     """
     from zoo.kernels.linear_attention import forward
 
-    return forward(q, k, v, initial_state, cu_seqlens)
+    kept = torch.empty(kept_states(q, k, v, cu_seqlens) if keep else 0, dtype=product_type(q, k, v).dtype,
+                       device=q.device)
+    return *forward(q, k, v, initial_state, cu_seqlens, kept if kept.numel() else None), kept
 
 
 @linear_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None,
-      cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+      keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return v.new_empty(v.shape), v.new_empty(rows, *q.shape[2:], v.shape[3], dtype=torch.float32)
+    kept = q.new_empty(kept_states(q, k, v, cu_seqlens) if keep else (0,), dtype=product_type(q, k, v).dtype)
+    return v.new_empty(v.shape), v.new_empty(rows, *q.shape[2:], v.shape[3], dtype=torch.float32), kept
 
 
 @torch.library.custom_op("zoo::linear_attention_backward", mutates_args=())
 def linear_attention_backward(dy: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
-                              initial_state: Tensor | None,
-                              cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                              initial_state: Tensor | None, cu_seqlens: Tensor | None,
+                              kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> dq, dk, dv in their inputs' types, the initial state's gradient in float32."""
     from zoo.kernels.linear_attention import backward
 
-    return backward(dy, dlast, q, k, v, initial_state, cu_seqlens)
+    return backward(dy, dlast, q, k, v, initial_state, cu_seqlens, kept if kept.numel() else None)
 
 
 @linear_attention_backward.register_fake
 def _(dy: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None,
-      cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+      cu_seqlens: Tensor | None, kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dfirst = v.new_empty(rows, *q.shape[2:], v.shape[3], dtype=torch.float32)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dfirst
 
 
-def _setup(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], output[2])
+    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, first, cu_seqlens = ctx.saved_tensors
+def _backward(ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, first, cu_seqlens, kept = ctx.saved_tensors
     if dy is None and dlast is None:
-        return (None,) * 5
+        return (None,) * 6
     dy = torch.zeros_like(v) if dy is None else dy
-    dq, dk, dv, dfirst = linear_attention_backward(dy, dlast, q, k, v, first, cu_seqlens)
-    return dq, dk, dv, None if first is None else dfirst.to(first.dtype), None
+    dq, dk, dv, dfirst = linear_attention_backward(dy, dlast, q, k, v, first, cu_seqlens, kept)
+    return dq, dk, dv, None if first is None else dfirst.to(first.dtype), None, None
 
 
 linear_attention.register_autograd(_backward, setup_context=_setup)
@@ -102,7 +123,9 @@ def on_triton(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None,
     states = (len(q) if cu_seqlens is None else len(cu_seqlens) - 1, *q.shape[2:], v.shape[3])
     if initial_state is not None and initial_state.shape != states:
         raise ZooError(f"initial_state {list(initial_state.shape)}; allowed: {list(states)}")
-    return linear_attention(q, k, v, initial_state, cu_seqlens)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, initial_state))
+    y, last, _ = linear_attention(q, k, v, initial_state, cu_seqlens, keep)
+    return y, last
 
 
 def error_of_kernels(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> float:
@@ -123,7 +146,7 @@ def error_of_kernels(device: torch.device, dtype: torch.dtype, sizes: tuple[int,
     scores = torch.einsum("bthk,bshk->bhts", q, k).tril()
     y = torch.einsum("bhts,bshv->bthv", scores, v) + torch.einsum("bthk,bhkv->bthv", q, state)
     want = results((y, state + torch.einsum("bthk,bthv->bhkv", k, v)), wide)
-    got = results(linear_attention(*narrow[:4], None), narrow)
+    got = results(linear_attention(*narrow[:4], None, True)[:2], narrow)
     allowed = {torch.float32: 2e-5, torch.float16: 2e-3}.get(dtype, 1.6e-2)
     pairs = [(a.detach().double(), b.detach()) for a, b in zip(got, want, strict=True)]
     errors = torch.stack([(a - b).norm() / b.norm() for a, b in pairs])
