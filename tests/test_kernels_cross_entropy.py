@@ -26,6 +26,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = pytest.importorskip("zoo.kernels.cross_entropy")
     monkeypatch.setattr(cross_entropy, "PLAIN_VOCABULARY", 0)
     monkeypatch.setattr(kernels, "LEAST", 1)
+    monkeypatch.setattr(kernels, "TOKENS", 1)
     if not torch.cuda.is_available():
         monkeypatch.setattr(kernels, "ALIGNED", 16)
         monkeypatch.setattr(kernels, "WHOLE", 64)
@@ -62,17 +63,19 @@ def check(N: int, D: int, V: int, dtype: torch.dtype, reduction: str, z_loss: fl
                           inputs(N, D, V, **options), dtype)
 
 
-# (37, 8, 90): a slice at a time, rows in two blocks; (130, 7, 17): both gradients in the forward pass, in chunks
+# (40, 24, 17): logits kept for the backward pass; else, but for reduction "none", both gradients in the forward pass,
+# in chunks; (37, 8, 90): a slice at a time for "none", and rows in two blocks
 @interpreted
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize(("N", "D", "V"), [(1, 8, 5), (37, 8, 90), (50, 5, 33), (130, 7, 17)])
+@pytest.mark.parametrize(("N", "D", "V"), [(1, 8, 5), (37, 8, 90), (50, 5, 33), (130, 7, 17), (40, 24, 17)])
 def test_losses_and_gradients(N: int, D: int, V: int, reduction: str) -> None:
     check(N, D, V, torch.float32, reduction, z_loss=1e-2 if D == 8 else 0.0)
 
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("N", "V", "reduction"), [(37, 90, "mean"), (130, 17, "mean"), (37, 90, "none")])
+@pytest.mark.parametrize(("N", "V", "reduction"), [
+    (37, 90, "mean"), (130, 17, "mean"), (37, 90, "none"), (130, 7, "mean"), (130, 7, "none")])
 def test_half_precision(N: int, V: int, reduction: str, dtype: torch.dtype) -> None:
     check(N, 8, V, dtype, reduction, z_loss=1e-2)
 
@@ -83,7 +86,8 @@ def test_half_precision(N: int, V: int, reduction: str, dtype: torch.dtype) -> N
     (1, 16, 1000, "mean", 0.0), (65, 24, 1000, "none", 1e-3), (129, 64, 8192, "mean", 1e-3),
     (1000, 40, 257, "mean", 0.0),
     (1000, 768, 50257, "mean", 1e-3), (777, 80, 50304, "none", 0.0), (4099, 128, 1023, "sum", 0.0),
-    (3000, 256, 12345, "sum", 1e-3), (127, 16, 2, "mean", 1e-3)])
+    (3000, 256, 12345, "sum", 1e-3), (127, 16, 2, "mean", 1e-3), (1000, 64, 64, "mean", 1e-3),
+    (4099, 300, 257, "none", 1e-3), (32768, 512, 256, "mean", 0.0)])
 def test_losses_and_gradients_on_a_gpu(N: int, D: int, V: int, reduction: str, z_loss: float,
                                        dtype: torch.dtype) -> None:
     check(N, D, V, dtype, reduction, z_loss)
@@ -231,12 +235,13 @@ def test_compiled_without_a_break(N: int, V: int, reduction: str, autocast: bool
         torch.testing.assert_close(one, same, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("N", "V", "reduction", "products"), [(100, 20, "mean", 3), (20, 90, "mean", 4)])
+@pytest.mark.parametrize(("N", "V", "reduction", "products"), [
+    (100, 20, "mean", 3), (20, 90, "mean", 3), (20, 90, "none", 4), (100, 8, "mean", 3), (100, 8, "none", 3)])
 def test_products_are_counted(N: int, V: int, reduction: str, products: int) -> None:
     given = inputs(N, 8, V)
     x, weight = (given[name].float().requires_grad_() for name in ("x", "weight"))
     with use_backend("triton"), FlopCounterMode(display=False) as counter:
-        linear_cross_entropy(x, weight, given["targets"], reduction=reduction).backward()
+        linear_cross_entropy(x, weight, given["targets"], reduction=reduction).sum().backward()
     assert counter.get_total_flops() == products * 2 * N * 8 * V
 
 
@@ -260,15 +265,17 @@ def test_small_vocabularies_take_the_plain_path(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.undo()
     monkeypatch.setattr(cross_entropy, "losses_of_each", None)
     monkeypatch.setattr(cross_entropy, "total_loss", None)
-    for reduction in ("mean", "sum", "none"):
+    for reduction in ("mean", "sum"):
         check(30, 8, cross_entropy.PLAIN_VOCABULARY, torch.float32, reduction)
         check(3, 8, 256, torch.float32, reduction, ignored=2.0)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(("N", "D", "V", "dtype"), [
-    (16384, 256, 50304, torch.bfloat16), (32768, 256, 4096, torch.bfloat16), (8192, 512, 32000, torch.float32)])
-def test_memory_is_within_the_formula(N: int, D: int, V: int, dtype: torch.dtype,
+    (16384, 256, 50304, torch.bfloat16), (32768, 256, 4096, torch.bfloat16), (8192, 512, 32000, torch.float32),
+    (32768, 768, 640, torch.bfloat16)])
+def test_memory_is_within_the_formula(N: int, D: int, V: int, dtype: torch.dtype, reduction: str,
                                       monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     x = torch.randn(N, D, device="cuda", dtype=dtype, requires_grad=True)
@@ -280,9 +287,9 @@ def test_memory_is_within_the_formula(N: int, D: int, V: int, dtype: torch.dtype
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            linear_cross_entropy(x, weight, targets).backward()
+            linear_cross_entropy(x, weight, targets, reduction=reduction).sum().backward()
             peak = torch.cuda.max_memory_allocated() - before
-    assert peak <= cross_entropy_triton.memory(N, D, V, x.element_size())
+    assert peak <= cross_entropy_triton.memory(N, D, V, x.element_size(), reduction == "mean")
 
 
 @pytest.mark.gpu

@@ -3,13 +3,16 @@
     l_ij = W_j . x_i,   lse_i = log sum_j exp(l_ij),   loss_i = lse_i - l_i,y_i + z lse_i^2
     d loss_i / d l_ij = p_ij (1 + 2 z lse_i) - [j = y_i],   p_ij = exp(l_ij - lse_i)
 
-Two plans, N tokens of width C and V classes; a product of N x C x V costs 2NCV operations.
+Three plans, N tokens of width C and V classes; a product of N x C x V costs 2NCV operations.
 
+`small`, where a row of logits is no longer than one of x: the logits become their own gradient in place and are kept
+for the backward pass, where a cotangent common to all tokens scales the smaller operand. 6NCV.
 `total`, for the sum over the tokens: a chunk of tokens at a time, its logits become their own gradient in place, and dx
 and dW come from them at once; dW adds up in float32. 6NCV, and 4VC bytes for the sum.
-`forward` and `backward`, one loss a token: the forward pass goes over chunks of tokens and leaves lse and dx for a
-cotangent of 1 (row i of dx is linear in the cotangent of loss i); the backward pass goes over slices of the vocabulary,
-computes their logits a second time and dW in one product over all tokens. 8NCV, and no sum is ever kept in memory.
+`forward` and `backward`, one loss a token, or one gradient alone: the forward pass goes over chunks of tokens and
+leaves lse and dx for a cotangent of 1 (row i of dx is linear in the cotangent of loss i); the backward pass goes over
+slices of the vocabulary, computes their logits a second time and dW in one product over all tokens. 8NCV, and no sum is
+ever kept in memory.
 
 The piece of logits is the only large buffer; `room` bounds it. dW comes out of its products in float32, and is
 rounded once. Exponents are in base 2 and never positive.
@@ -25,6 +28,7 @@ from torch import Tensor
 from zoo.kernels._common import LOG2E, power_of_two
 
 LEAST = 16 * 2**20  # bytes of logits held at a time, where x is smaller
+TOKENS = 1024  # of a chunk whose product adds to dW: from here on the product takes longer than reading and writing dW
 ALIGNED = 128  # rows of a chunk and columns of a slice come in multiples of this: whole tiles of a product
 WHOLE = 8192  # classes up to which a row of logits stays in registers between the two looks at it
 LN2 = tl.constexpr(0.6931471805599453)
@@ -135,16 +139,58 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.float(), b.float())
 
 
+def small(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z: float,
+          need: bool) -> tuple[Tensor, Tensor]:
+    """x [N, C], weight [V, C], targets [N] -> losses [N]; d loss_i / d logits_i [N, V] in x's dtype, or no rows."""
+    N, V = len(x), len(weight)
+    losses, lse = x.new_empty(N, dtype=torch.float32), x.new_empty(2, N, dtype=torch.float32)
+    logits = buffer(x, N, V)
+    torch.mm(x, weight.to(x.dtype).mT, out=logits)
+    rows(logits, targets, losses, lse, ignore_index, z, need)
+    return losses, logits if need else buffer(x, 0, V)
+
+
+def small_backward(dlosses: Tensor, x: Tensor, weight: Tensor, dlogits: Tensor, need_dx: bool,
+                   need_dweight: bool) -> tuple[Tensor, Tensor]:
+    """-> dx [N, C] in x's dtype, dweight [V, C] in weight's, of no rows if not needed.
+
+    A cotangent that all tokens share (stride 0) scales the head and dW; others go into the gradient of the logits.
+    """
+    dx, dweight = x.new_empty(len(x) if need_dx else 0, x.shape[1]), weight.new_empty(0, x.shape[1])
+    if shared := dlosses.stride(0) == 0:
+        scale = dlosses[0]
+    else:
+        dlosses, scale = in_units(dlosses, x.dtype)
+        dlogits = torch.mul(dlogits, dlosses.unsqueeze(1), out=torch.empty_like(dlogits))
+    if need_dweight:
+        dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
+        torch.mul(product(dlogits.mT, x), scale, out=dweight)
+    if need_dx and x.dtype == torch.float16:  # which cannot hold a weight over N
+        torch.mm(dlogits, weight.to(x.dtype), out=dx).mul_(scale)
+    elif need_dx:
+        torch.mm(dlogits, (weight * scale if shared else weight).to(x.dtype), out=dx)
+    return dx, dweight
+
+
+def in_units(dlosses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cotangents [N] over a unit [], and the unit: the largest of them for float16, which cannot hold p / N; else 1."""
+    unit = torch.ones((), device=dlosses.device)
+    if dtype == torch.float16 and len(dlosses):
+        unit = torch.where(dlosses.any(), dlosses.abs().amax(), unit)
+        return dlosses / unit, unit
+    return dlosses, unit
+
+
 def total(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z: float) -> tuple[Tensor, Tensor, Tensor]:
     """x [N, C], weight [V, C], targets [N] -> the sum of the losses, dx [N, C] in x's dtype, dweight [V, C] float32.
 
-    Holds the logits of as many tokens as `room` allows.
+    Holds the logits of as many tokens as `room` allows, and no fewer than TOKENS.
     """
     (N, C), V = x.shape, len(weight)
     w = weight.to(x.dtype)
     dx = x.new_empty(N, C)
     losses, lse = x.new_empty(N, dtype=torch.float32), x.new_empty(2, N, dtype=torch.float32)
-    size = split(N, room(x) // (V * x.element_size()))
+    size = split(N, max(TOKENS, room(x) // (V * x.element_size())))
     space = buffer(x, min(size, N), V)
     for a in range(0, N, size):
         part = slice(a, min(a + size, N))
@@ -187,11 +233,7 @@ def backward(dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: T
     """-> dweight [V, C] in weight's dtype. dlosses [N] may have any stride."""
     (N, C), V = x.shape, len(weight)
     dweight = torch.empty(V, C, dtype=weight.dtype, device=x.device)
-    # p times a cotangent of 1 / N is less than float16 can hold: the cotangents come in units of the largest
-    unit = dlosses.abs().amax() if x.dtype == torch.float16 and N else None
-    if unit is not None:
-        unit = torch.where(unit == 0, torch.ones_like(unit), unit)
-        dlosses = dlosses / unit
+    dlosses, unit = in_units(dlosses, x.dtype)
     size = split(V, room(x) // max(1, N * x.element_size()))
     space = buffer(x, N, min(size, V))
     BV = min(4096, max(256, power_of_two(min(size, V))))
@@ -201,6 +243,5 @@ def backward(dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: T
         torch.mm(x, weight[part].to(x.dtype).mT, out=logits)
         slice_kernel[(N,)](logits, targets, lse[0], lse[1], dlosses, logits.stride(0), dlosses.stride(0), a,
                            part.stop - a, ignore_index, z, BV, num_warps=max(1, BV // 256))
-        dslice = product(logits.mT, x)
-        dweight[part] = dslice if unit is None else dslice.mul_(unit)
+        torch.mul(product(logits.mT, x), unit, out=dweight[part])
     return dweight

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from zoo.errors import ZooError, choose
 from zoo.ops.backend import Kernel
-from zoo.ops.cross_entropy_triton import losses_of_each, self_test, total_loss
+from zoo.ops.cross_entropy_triton import losses_of_each, losses_of_small, self_test, total_loss
 from zoo.ops.untraced import untraced
 
 MAX_LOGITS = 1 << 24  # that the eager path holds at a time: 64 MiB in float32; a byte vocabulary's batch fits whole
@@ -47,9 +47,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore_i
         rows = rows.to(dtype)
         if len(weight) <= PLAIN_VOCABULARY and reduction != "none" and not z_loss:
             return _plain_loss(rows, weight, flat, ignore_index, reduction)
-        if len(weight) <= PLAIN_VOCABULARY:
-            losses = _losses(rows, weight, flat, ignore_index, z_loss)
-        elif reduction != "none" and _sums_fit(rows, weight):
+        if len(weight) <= weight.shape[1]:
+            losses = losses_of_small(rows, weight, flat, ignore_index, z_loss)
+        elif reduction != "none" and _both_asked(rows, weight):
             total = total_loss(rows, weight, flat, ignore_index, z_loss)
             return total if reduction == "sum" else total / _count(flat, ignore_index)
         else:
@@ -69,10 +69,9 @@ def _count(targets: Tensor, ignore_index: int) -> Tensor:
     return (targets != ignore_index).sum().clamp(min=1)
 
 
-def _sums_fit(x: Tensor, weight: Tensor) -> bool:
-    """Whether both gradients are asked for, and the head's in float32 takes no more memory than x."""
-    asked = torch.is_grad_enabled() and x.requires_grad and weight.requires_grad
-    return asked and 4 * len(weight) <= len(x) * x.element_size()
+def _both_asked(x: Tensor, weight: Tensor) -> bool:
+    """Whether gradients of both are asked for."""
+    return torch.is_grad_enabled() and x.requires_grad and weight.requires_grad
 
 
 def _plain_loss(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:

@@ -34,7 +34,8 @@ def _(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z_loss: flo
 @torch.library.custom_op("zoo::cross_entropy_total_backward", mutates_args=())
 def _total_backward(dloss: Tensor, dx: Tensor, dweight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The gradients for a cotangent of 1 times dloss; an op of its own, so that a second derivative is an error."""
-    return dx * dloss, (dweight * dloss).to(dtype)
+    dx_scaled, dweight_scaled = torch.empty_like(dx), torch.empty_like(dweight, dtype=dtype)
+    return torch.mul(dx, dloss, out=dx_scaled), torch.mul(dweight, dloss, out=dweight_scaled)  # nothing in between
 
 
 @_total_backward.register_fake
@@ -120,6 +121,68 @@ def _pull_each(ctx: Any, dlosses: Tensor | None, *_: Any) -> tuple[Tensor | None
 _each.register_autograd(_pull_each, setup_context=_save_each)
 
 
+@torch.library.custom_op("zoo::cross_entropy_small", mutates_args=())
+def _small(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z_loss: float,
+           need: bool) -> tuple[Tensor, Tensor]:
+    """-> losses [N], float32; d loss_i / d logits_i [N, V], no rows if not needed."""
+    from zoo.kernels import cross_entropy
+
+    with torch.autocast(x.device.type, enabled=False):
+        return cross_entropy.small(_rows(x), _rows(weight), targets.contiguous(), ignore_index, z_loss, need)
+
+
+@_small.register_fake
+def _(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z_loss: float,
+      need: bool) -> tuple[Tensor, Tensor]:
+    shape = len(x) if need else 0, len(weight)
+    return x.new_empty(len(x), dtype=torch.float32), x.new_empty_strided(shape, ((len(weight) + 15) // 16 * 16, 1))
+
+
+@torch.library.custom_op("zoo::cross_entropy_small_backward", mutates_args=())
+def _small_backward(dlosses: Tensor, x: Tensor, weight: Tensor, dlogits: Tensor, need_dx: bool,
+                    need_dweight: bool) -> tuple[Tensor, Tensor]:
+    """-> dx [N, D] and dweight [V, D], each of no rows where it is not needed."""
+    from zoo.kernels import cross_entropy
+
+    with torch.autocast(x.device.type, enabled=False):
+        return cross_entropy.small_backward(dlosses, _rows(x), _rows(weight), dlogits, need_dx, need_dweight)
+
+
+@_small_backward.register_fake
+def _(dlosses: Tensor, x: Tensor, weight: Tensor, dlogits: Tensor, need_dx: bool,
+      need_dweight: bool) -> tuple[Tensor, Tensor]:
+    D = x.shape[1]
+    return x.new_empty(len(x) if need_dx else 0, D), weight.new_empty(len(weight) if need_dweight else 0, D)
+
+
+def _save_small(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _pull_small(ctx: Any, dlosses: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    need_dx, need_dweight = ctx.needs_input_grad[:2]
+    if dlosses is None:
+        return None, None, None, None, None, None
+    dx, dweight = torch.ops.zoo.cross_entropy_small_backward(dlosses, *ctx.saved_tensors, need_dx, need_dweight)
+    return dx if need_dx else None, dweight if need_dweight else None, None, None, None, None
+
+
+_small.register_autograd(_pull_small, setup_context=_save_small)
+
+
+@register_flop_formula(torch.ops.zoo.cross_entropy_small)
+def _small_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * weight[0] * weight[1]
+
+
+@register_flop_formula(torch.ops.zoo.cross_entropy_small_backward)
+def _small_backward_flops(dlosses: Any, x: Any, weight: Any, dlogits: Any, need_dx: bool, need_dweight: bool,
+                          **__: Any) -> int:
+    return 2 * (need_dx + need_dweight) * x[0] * weight[0] * weight[1]
+
+
 @register_flop_formula(torch.ops.zoo.cross_entropy_total)
 def _total_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
     return 6 * x[0] * weight[0] * weight[1]
@@ -155,6 +218,12 @@ def total_loss(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z_
     return loss
 
 
+def losses_of_small(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z_loss: float) -> Tensor:
+    """x [N, D], weight [V, D] of any dtype, targets [N] -> losses [N], float32; d loss / d logits is held for them."""
+    need = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return torch.ops.zoo.cross_entropy_small(x, weight, targets, ignore_index, z_loss, need)[0]
+
+
 def losses_of_each(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z_loss: float) -> Tensor:
     """x [N, D], weight [V, D] of any dtype, targets [N] -> losses [N], float32."""
     need_dx, need_dweight = (torch.is_grad_enabled() and each.requires_grad for each in (x, weight))
@@ -163,9 +232,9 @@ def losses_of_each(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
 
 
 def self_test(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> float:
-    """Losses and gradients of both ops beside PyTorch's in float64, where rows of logits are short and where long."""
+    """Losses and gradients of all ops beside PyTorch's in float64, where rows of logits are short and where long."""
     worst, allowed = 0.0, max(4 * torch.finfo(dtype).eps, 1e-3)  # float32 products may be TF32, as PyTorch is set
-    for V in (1000, 9001):
+    for V in (40, 1000, 9001):
         generator = torch.Generator().manual_seed(0)
         x, weight = (torch.randn(n, 48, generator=generator).to(device, dtype).requires_grad_() for n in (300, V))
         targets = torch.randint(V, (300,), generator=generator).to(device)
@@ -175,8 +244,8 @@ def self_test(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) 
         exact = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
         exact = (exact + 1e-3 * torch.where(targets != -1, logits.logsumexp(1), 0.0).square()).sum()
         want = [exact.detach(), *torch.autograd.grad(exact, wide)]
-        each = losses_of_each(x, weight, targets, -1, 1e-3).sum()
-        for loss in (each, total_loss(x, weight, targets, -1, 1e-3)):
+        for losses in (losses_of_small, losses_of_each, total_loss) if V < 48 else (losses_of_each, total_loss):
+            loss = losses(x, weight, targets, -1, 1e-3).sum()
             got = [loss.detach(), *torch.autograd.grad(loss, (x, weight))]
             for g, w in zip(got, want, strict=True):
                 error = float((g.double() - w).norm() / w.norm())
@@ -184,17 +253,21 @@ def self_test(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) 
     return worst
 
 
-def memory(N: int, D: int, V: int, element: int) -> int:
+def memory(N: int, D: int, V: int, element: int, total: bool = True) -> int:
     """A bound on the bytes held at one time beside x [N, D] and weight [V, D], both of `element` bytes an entry.
 
-    Gradients are included. A piece of logits is as large as x, or LEAST, or ALIGNED rows or columns.
+    Gradients are included. A piece of logits is as large as x, or LEAST, and no fewer than TOKENS rows for a sum over
+    the tokens (`total`), ALIGNED rows or columns for reduction "none".
     """
-    from zoo.kernels.cross_entropy import ALIGNED, LEAST
+    from zoo.kernels.cross_entropy import ALIGNED, LEAST, TOKENS
 
-    x, weight = N * D * element, V * D * element
-    piece = max(LEAST, x, ALIGNED * max(N, V + 16) * element)
-    lists = 64 * N + 4 * ALIGNED * D + (1 << 20)  # losses, lse and the like; dx or dweight of a piece in float32
-    part = 4 * D * max(piece // max(1, element * min(N, V)), ALIGNED)
-    if N * element >= 4 * V:
-        return max(x + 4 * V * D + weight + piece, 2 * x + 2 * weight) + part + lists
-    return max(x + weight + piece, 2 * x + weight) + part + lists
+    x, weight, piece = N * D * element, V * D * element, max(LEAST, N * D * element)
+    lists = 64 * N + (1 << 20)  # losses, lse and the like
+    if V <= D:
+        return (1 if total else 2) * N * (V + 16) * element + x + 3 * 4 * V * D + lists
+    if total:
+        piece = max(piece, max(ALIGNED, TOKENS) * (V + 16) * element)
+        return max(x + 4 * V * D + max(piece, weight), 2 * x + 2 * weight) + lists
+    piece = max(piece, ALIGNED * max(N, V + 16) * element)
+    part = 4 * D * max(piece // max(1, element * min(N, V)), ALIGNED)  # dx or dweight of a piece in float32
+    return max(x + weight + piece, 2 * x + weight) + part + 4 * ALIGNED * D + lists
