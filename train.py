@@ -67,6 +67,9 @@ def main() -> int:
         return 0
     except SystemExit as exit_:
         error = exit_.__context__
+        if exit_.code == 2 and (lines := said.getvalue().splitlines()):  # a word that starts with -, and the usage
+            print("error:", lines[-1].partition("error: ")[2], file=sys.stderr)
+            return 2
         if exit_.code != 1 or not isinstance(error, Exception):
             sys.stderr.write(said.getvalue())
             raise
@@ -75,7 +78,7 @@ def main() -> int:
     if isinstance(error, ZooError):
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if isinstance(error, HydraException | OmegaConfBaseException):
+    if isinstance(error, HydraException | OmegaConfBaseException) or of_hydra(error):
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     traceback.print_exception(error, file=sys.stderr)
@@ -91,6 +94,12 @@ def swept_keys(words: list[str]) -> list[str]:
     except HydraException:
         return []  # Hydra will say what is wrong
     return [override.key_or_group for override in overrides if override.is_sweep_override()]
+
+
+def of_hydra(error: Exception) -> bool:
+    """Whether Hydra refused a word with an error of no kind of its own, as it does for size=5."""
+    places = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, ValueError) and places[-1].startswith("hydra.")
 
 
 def one_line(error: Exception) -> str:

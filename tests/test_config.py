@@ -101,6 +101,8 @@ def check(override: str) -> None:
     ("steps=true", "steps=True whole number"),
     ("optim.lr=-1", "optim.lr above 0"),
     ("optim.lr=fast", "optim.lr number"),
+    *((f"optim.{key}={value}", f"optim.{key}={value} finite") for value in ("nan", "inf")
+      for key in ("lr", "weight_decay", "eps", "clip")),
     ("optim.betas=[0.9]", "optim.betas"),
     ("optim.name=sgd", "optim.name adamw"),
     ("batch_tokens=1000", "batch_tokens=1000 seq_len=256 768, 1024"),
@@ -190,6 +192,9 @@ def test_jobs_of_a_sweep_have_folders_of_their_own() -> None:
     (["stepss=5"], "error: unknown key stepss; allowed: backend, batch_tokens, "),
     (["schedule=wsd", "schedule.foo=1"], "error: unknown key schedule.foo; allowed: schedule.decay, "),
     (["steps=["], "error: "),
+    (["size=5"], "error: Config group override must be a string or a list. Got int"),
+    (["--steps", "5"], "error: unrecognized arguments: --steps"),
+    (["data=text", "data.path=2024"], "error: data.path=2024 is not text; allowed: text, a number as ./2024"),
     (["model=transformer", "steps=0"], "error: steps=0 is not allowed: 1 or above"),
     (["model=transformer", "size.heads=3"], "error: heads=3 does not divide dim=128; allowed: 1, 2, 4, "),
     (["model=transformer", "trainer=ddp", "trainer.accelerator=cpu"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -45,11 +46,11 @@ class Optim:
     clip: float | None = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optim.lr", self.lr, "above 0")
-        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or above")
+        _require(0 < self.lr < math.inf, "optim.lr", self.lr, "finite, above 0")
+        _require(0 <= self.weight_decay < math.inf, "optim.weight_decay", self.weight_decay, "finite, 0 or above")
         _require(all(0 <= b < 1 for b in self.betas), "optim.betas", list(self.betas), "two numbers from 0 to below 1")
-        _require(self.eps > 0, "optim.eps", self.eps, "above 0")
-        _require(self.clip is None or self.clip > 0, "optim.clip", self.clip, "above 0, or null")
+        _require(0 < self.eps < math.inf, "optim.eps", self.eps, "finite, above 0")
+        _require(self.clip is None or 0 < self.clip < math.inf, "optim.clip", self.clip, "finite, above 0, or null")
 
 
 @dataclass(frozen=True)
