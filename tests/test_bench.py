@@ -11,7 +11,9 @@ from cases import Case, tiny
 import zoo
 from zoo import ZooError
 from zoo.bench.timing import Timing, interleave
-from zoo.bench.train import COLUMNS, bench_train, table, to_csv, training_step
+from zoo.bench.train import COLUMNS, Side, bench_train, table, to_csv, training_step
+from zoo.bench.train_peers import PlainDecoder, decoder_flops
+from zoo.sizing import SIZES, Size
 
 CPU = torch.device("cpu")
 
@@ -78,7 +80,7 @@ def test_the_budget_ends_the_rounds(clock: Clock) -> None:
 def test_the_step_that_is_timed_trains() -> None:
     model = tiny(Case("transformer", ()), vocab_size=256)
     batch = torch.randint(256, (2, 17))
-    step = training_step(model, batch)
+    step = training_step(Side("transformer", "zoo", model, model.loss, 1), batch)
     before = model.loss(batch[:, :-1], batch[:, 1:]).item()
     for _ in range(20):
         step()
@@ -98,7 +100,7 @@ def test_every_architecture_gets_a_row() -> None:
     assert float(fields.pop("tokens_per_s")) > 0 < float(fields.pop("first_step_s"))
     assert fields == {"model": rows[0].model, "impl": "zoo", "size": "nano", "T": "16", "batch_tokens": "32", "mfu": "",
                       "peak_mib": ""}
-    ratios = dict(zip((row.model for row in rows), table(rows, CPU).columns[3].cells, strict=True))
+    ratios = dict(zip((row.model for row in rows), table(rows, CPU).columns[4].cells, strict=True))
     assert ratios["transformer"] == "1.00"
 
 
@@ -118,3 +120,37 @@ def test_what_cannot_be_built_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert left_out == {"wide": "wide is too wide"}
     with pytest.raises(ZooError, match="wide is too wide"):
         bench_train(["transformer", "wide"], device=CPU, seq_len=8, batch_tokens=8, budget=0)
+
+
+def test_peers_train_beside_the_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain decoder with the same parameters within 4 %; one whose library is missing is named."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    rows, left_out = bench_train(["transformer"], device=CPU, seq_len=8, batch_tokens=8, budget=0, peers=True)
+    assert {(row.model, row.impl) for row in rows} == {("transformer", "zoo"), ("transformer", "plain-decoder")}
+    assert left_out == {"hf-llama": "transformers is not installed"}
+    for size in ("small", "base", "medium"):
+        with torch.device("meta"):
+            plain = PlainDecoder(SIZES[size], 256, 1024)
+        parameters = sum(p.numel() for p in plain.parameters())
+        assert parameters == pytest.approx(SIZES[size].budget(256), rel=0.04)
+        ours = zoo.create_model("transformer", size).flops(1024) / SIZES[size].budget(256)
+        assert decoder_flops(plain, SIZES[size], 1024) / parameters == pytest.approx(ours, rel=0.02)
+
+
+def test_the_plain_decoder_is_one() -> None:
+    """It learns, is causal, and its rotary phases tell positions apart."""
+    torch.manual_seed(0)
+    model = PlainDecoder(Size(2, 16, 2), 256, 16)
+    batch = torch.randint(256, (2, 17))
+    step = training_step(Side("transformer", "plain-decoder", model, model.loss, 1), batch)
+    before = model.loss(batch[:, :-1], batch[:, 1:]).item()
+    for _ in range(30):
+        step()
+    assert model.loss(batch[:, :-1], batch[:, 1:]).item() < before - 0.1
+    x = torch.randn(1, 16, 16)
+    y = model.blocks[0](x, model.cos, model.sin)
+    later = x.clone()
+    later[:, 9:] = 100 * torch.randn(1, 7, 16)
+    torch.testing.assert_close(model.blocks[0](later, model.cos, model.sin)[:, :9], y[:, :9])
+    swapped = x[:, [1, 0, *range(2, 16)]]
+    assert not torch.allclose(model.blocks[0](swapped, model.cos, model.sin)[:, -1], y[:, -1], atol=1e-4)

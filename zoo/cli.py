@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -100,12 +101,13 @@ def export(
 @bench.command("train")
 def bench_train(
     device: Device = "auto",
-    size: Annotated[str | None, typer.Option(help="nano on a CPU, small on a GPU.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="256 on a CPU, 1024 on a GPU.")] = None,
+    size: Annotated[str, typer.Option(help="With commas; nano on a CPU, small on a GPU if not given.")] = "",
+    seq_len: Annotated[str, typer.Option(help="T, with commas; 256 on a CPU, 1024 on a GPU if not given.")] = "",
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens a step: 2048 on a CPU, 65536 on a GPU.")] = None,
     models: Annotated[str, typer.Option(help="Names with commas between; all if not given.")] = "",
-    seconds: Annotated[float, typer.Option(help="How long to measure.")] = 60.0,
-    csv: Annotated[Path | None, typer.Option(help="Write the rows into this file, too.")] = None,
+    peers: Annotated[bool | None, typer.Option(help="Decoders from elsewhere, too; on a GPU if not given.")] = None,
+    seconds: Annotated[float, typer.Option(help="How long to measure, for each size and T.")] = 60.0,
+    csv: Annotated[Path | None, typer.Option(help="Write the rows into this file, too; after each size and T.")] = None,
 ) -> None:
     """Training tokens/s of the architectures, interleaved in one process."""
     from rich.progress import Progress
@@ -115,19 +117,23 @@ def bench_train(
 
     place = find_device(device)
     on_cpu = place.type == "cpu"
-    console = _console()
-    with Progress(console=_console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("training", total=1.0)
-        rows, left_out = train.bench_train(
-            [name.strip() for name in models.split(",")] if models else None, device=place,
-            size=size or ("nano" if on_cpu else "small"), seq_len=seq_len or (256 if on_cpu else 1024),
-            batch_tokens=batch_tokens or (2048 if on_cpu else 65536), budget=seconds,
-            progress=lambda done: bar.update(task, completed=done))
-    console.print(train.table(rows, place))
-    for name, reason in left_out.items():
-        print(f"left out: {name}: {reason}")
-    if csv is not None:
-        _write(csv, train.to_csv(rows))
+    console, rows = _console(), list[train.Row]()
+    lengths = [_whole("seq-len", part) for part in _listed(seq_len)] or [256 if on_cpu else 1024]
+    for shape, length in product(_listed(size) or ["nano" if on_cpu else "small"], lengths):
+        with Progress(console=_console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+            task = bar.add_task(f"training {shape}, T={length}", total=1.0)
+            found, left_out = train.bench_train(
+                _listed(models) or None, device=place, size=shape, seq_len=length,
+                batch_tokens=batch_tokens or (2048 if on_cpu else 65536), budget=seconds,
+                peers=not on_cpu if peers is None else peers,
+                progress=lambda done, bar=bar, task=task: bar.update(task, completed=done))  # type: ignore[misc]
+        console.print(train.table(found, place))
+        for name, reason in left_out.items():
+            print(f"left out: {name}: {reason}")
+        sys.stdout.flush()
+        rows += found
+        if csv is not None:
+            _write(csv, train.to_csv(rows))
 
 
 @bench.command("ops")
@@ -138,8 +144,11 @@ def bench_ops(
     lengths: Annotated[str, typer.Option(help="T, with commas; 256,512 on a CPU, 512 to 32768 on a GPU.")] = "",
     seconds: Annotated[float, typer.Option(help="How long to measure an op; first calls are not counted.")] = 20.0,
     tuning: Annotated[float, typer.Option(help="Seconds that a library may tune itself for a head size.")] = 300.0,
-    csv: Annotated[Path | None, typer.Option(help="Write the rows into this file, too; after each op.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that compile kernels before; 0: none.", min=0)] = 4,
+    limit: Annotated[float, typer.Option(help="Seconds after which nothing new is begun.")] = float("inf"),
+    csv: Annotated[Path | None, typer.Option(help="Write the rows into this file, too; its other rows stay.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time against T into this file (.svg, .png or .pdf).")] = None,
+    commit: Annotated[str | None, typer.Option(help="For that column of the file; asked of git if not given.")] = None,
 ) -> None:
     """Times of every op, forward and backward, in the zoo's kernels, its reference and other libraries."""
     from rich.progress import Progress
@@ -151,27 +160,30 @@ def bench_ops(
 
     place, names, console = find_device(device), _listed(ops), _console()
     wanted = [_whole("lengths", part) for part in _listed(lengths)]
+    before = _read(csv) if csv is not None and csv.is_file() else ""
     if plot is not None:
         report.check_plot(plot)
-    if csv is not None:
-        _write(csv, report.to_csv([], place))
     rows: list[measuring.Row] = []
+    whole = report.to_csv(rows, place, before=before, commit=commit)
+    if csv is not None:
+        _write(csv, whole)
     with Progress(console=_console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("ceilings", total=1.0)
         ceilings = measuring.measure_ceilings(place)
         for found in measuring.bench_ops(names or None, device=place, lengths=wanted or None, peers=peers,
-                                         budget=seconds, tuning=tuning, progress=lambda op, done: bar.update(
-                                             task, description=op, completed=done)):
+                                         budget=seconds, tuning=tuning, workers=workers, limit=limit,
+                                         progress=lambda op, done: bar.update(task, description=op, completed=done)):
             rows += found.rows
+            whole = report.to_csv(rows, place, before=before, commit=commit)
             if csv is not None:
-                _write(csv, report.to_csv(rows, place))
+                _write(csv, whole)
             if found.rows:
                 console.print(report.table(found, ceilings))
             for line in report.left_out(found):
                 print(line)
             sys.stdout.flush()
     if plot is not None:
-        report.plot(rows, plot, f"Ops of the zoo on {device_name(place)}")
+        report.plot(report.from_csv(whole, place), plot, f"Ops of the zoo on {device_name(place)}")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -206,6 +218,13 @@ def _whole(what: str, text: str) -> int:
     if not text.isdecimal():
         raise ZooError(f"{what}: {text!r} is not allowed: whole numbers with commas between")
     return int(text)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError as error:
+        raise ZooError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _write(path: Path, text: str) -> None:

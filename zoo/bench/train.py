@@ -7,16 +7,19 @@ import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from zoo.bench import train_peers
 from zoo.bench.timing import interleave, synchronize
-from zoo.errors import ZooError
+from zoo.errors import ZooError, choose
 from zoo.mixers import list_mixers
 from zoo.model import LanguageModel
-from zoo.sizing import create_model
+from zoo.sizing import SIZES, create_model
+from zoo.training.compiling import compile_in_place
 from zoo.training.hardware import device_name, peak_flops
 
 COLUMNS = ("model", "impl", "size", "T", "batch_tokens", "tokens_per_s", "mfu", "peak_mib", "first_step_s")
@@ -24,7 +27,7 @@ COLUMNS = ("model", "impl", "size", "T", "batch_tokens", "tokens_per_s", "mfu", 
 
 @dataclass(frozen=True)
 class Row:
-    """One architecture's figures; tokens/s at the median step and at its 80 % and 20 % quantiles (slow, fast)."""
+    """One side's figures; tokens/s at the median step and at its 80 % and 20 % quantiles (slow, fast)."""
 
     model: str
     impl: str
@@ -39,18 +42,46 @@ class Row:
     first_step_s: float
 
 
-def training_step(model: LanguageModel, batch: Tensor) -> Callable[[], None]:
+@dataclass(frozen=True)
+class Side:
+    """A model to train. loss(tokens [B, T], targets [B, T]) -> mean nats; flops: forward, of one sequence."""
+
+    model: str
+    impl: str
+    module: nn.Module
+    loss: Callable[[Tensor, Tensor], Tensor]
+    flops: int
+
+
+def zoo_side(name: str, size: str, seq_len: int, device: torch.device, compiled: bool) -> Side:
+    """An architecture of the zoo, compiled as training compiles it."""
+    model = create_model(name, size, seq_len=seq_len).to(device).train()
+    if compiled:
+        compile_in_place(model)
+    return Side(name, "zoo", model, model.loss, model.flops(seq_len))
+
+
+def peer_side(impl: str, size: str, seq_len: int, device: torch.device, compiled: bool) -> Side:
+    """A decoder from elsewhere, compiled whole, with its loss."""
+    shape = SIZES[choose("size", size, SIZES)]
+    model = train_peers.PEERS[impl](shape, 256, seq_len).to(device).train()
+    loss = torch.compile(model.loss) if compiled else model.loss
+    return Side("transformer", impl, model, loss, train_peers.decoder_flops(model, shape, seq_len))
+
+
+def training_step(side: Side, batch: Tensor) -> Callable[[], None]:
     """One optimiser step on tokens [B, T + 1] as a call; bf16 autocast on a GPU, float32 on a CPU, as in training."""
-    device = batch.device
-    groups = model.parameter_groups(lr=1e-3, weight_decay=0.1)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    inputs, targets = batch[:, :-1], batch[:, 1:]
+    device, module = batch.device, side.module
+    groups: Any = module.parameter_groups(lr=1e-3, weight_decay=0.1) if isinstance(module, LanguageModel) else \
+        module.parameters()
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model.loss(inputs, targets)
+            loss = side.loss(inputs, targets)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -58,31 +89,35 @@ def training_step(model: LanguageModel, batch: Tensor) -> Callable[[], None]:
 
 
 def bench_train(models: Sequence[str] | None = None, *, device: torch.device, size: str = "nano", seq_len: int = 256,
-                batch_tokens: int = 2048, budget: float = 60.0,
+                batch_tokens: int = 2048, budget: float = 60.0, peers: bool = False,
                 progress: Callable[[float], object] = lambda done: None) -> tuple[list[Row], dict[str, str]]:
     """Time a training step of each model at one size, context and number of tokens, interleaved for `budget` seconds.
 
     -> (rows in order of speed, what was left out with the reason). All architectures if `models` is None; of those, one
-    that cannot be built at this size and length is left out, while one asked for by name raises its ZooError.
+    that cannot be built at this size and length is left out, while one asked for by name raises its ZooError. With
+    `peers` the decoders of `train_peers` take part. On a GPU every side is compiled.
     """
     if seq_len < 1 or batch_tokens < seq_len or batch_tokens % seq_len:
         raise ZooError(f"batch_tokens={batch_tokens} is not allowed at seq_len={seq_len}: a multiple of it")
     on_gpu, rows = device.type == "cuda", batch_tokens // seq_len
     tokens = torch.randint(256, (rows, seq_len + 1), generator=torch.Generator().manual_seed(0)).to(device)
     steps: dict[str, Callable[[], None]] = {}
-    built: dict[str, tuple[LanguageModel, float, float | None]] = {}
+    built: dict[str, tuple[Side, float, float | None]] = {}
     left_out: dict[str, str] = {}
-    for name in models or list_mixers():
+    for name in (*(models or list_mixers()), *(train_peers.PEERS if peers else ())):
         before = torch.cuda.memory_allocated(device) if on_gpu else 0
+        foreign = name in train_peers.PEERS
         try:
-            model = create_model(name, size, seq_len=seq_len).to(device).train()
+            if foreign and (reason := train_peers.missing(name)):
+                raise ZooError(reason)
+            side = (peer_side if foreign else zoo_side)(name, size, seq_len, device, compiled=on_gpu)
         except ZooError as error:
-            if models:
+            if models and not foreign:
                 raise
             left_out[name] = str(error)
             continue
         start = time.perf_counter()
-        steps[name] = training_step(model, tokens)
+        steps[name] = training_step(side, tokens)
         steps[name]()
         synchronize(device)
         first_step, peak = time.perf_counter() - start, None
@@ -90,17 +125,18 @@ def bench_train(models: Sequence[str] | None = None, *, device: torch.device, si
             torch.cuda.reset_peak_memory_stats(device)
             steps[name]()
             peak = (torch.cuda.max_memory_allocated(device) - before) / 2**20
-        built[name] = model, first_step, peak
+        built[name] = side, first_step, peak
     if not steps:
         raise ZooError(f"no architecture can be built at size={size} and seq_len={seq_len}: {min(left_out.values())}")
     best = peak_flops(torch.cuda.get_device_name(device)) if on_gpu else None
     found = []
     for name, timing in interleave(steps, device=device, budget=budget, warmup=3 if on_gpu else 0,
                                    progress=progress).items():
-        model, first_step, peak = built[name]
-        flops = 3 * rows * model.flops(seq_len)  # the backward pass costs two forward passes
-        found.append(Row(name, "zoo", size, seq_len, batch_tokens, batch_tokens / timing.p50, batch_tokens / timing.p80,
-                         batch_tokens / timing.p20, flops / timing.p50 / best if best else None, peak, first_step))
+        side, first_step, peak = built[name]
+        flops = 3 * rows * side.flops  # the backward pass costs two forward passes
+        found.append(Row(side.model, side.impl, size, seq_len, batch_tokens, batch_tokens / timing.p50,
+                         batch_tokens / timing.p80, batch_tokens / timing.p20,
+                         flops / timing.p50 / best if best else None, peak, first_step))
     return sorted(found, key=lambda row: -row.tokens_per_s), left_out
 
 
@@ -121,11 +157,11 @@ def table(rows: Sequence[Row], device: torch.device) -> Table:
     first = rows[0]
     shown = Table(title=f"Training at size {first.size}, T={first.seq_len}, {first.batch_tokens} tokens a step, on "
                         f"{device_name(device)}")
-    for column in ("model", "tokens/s", "slow to fast", "of transformer", "MFU", "peak MiB", "first step"):
-        shown.add_column(column, justify="left" if column == "model" else "right")
-    reference = next((row.tokens_per_s for row in rows if row.model == "transformer"), None)
+    for column in ("model", "impl", "tokens/s", "slow to fast", "of transformer", "MFU", "peak MiB", "first step"):
+        shown.add_column(column, justify="left" if column in ("model", "impl") else "right")
+    reference = next((row.tokens_per_s for row in rows if (row.model, row.impl) == ("transformer", "zoo")), None)
     for row in rows:
-        shown.add_row(row.model, f"{row.tokens_per_s:,.0f}", f"{row.slow:,.0f} to {row.fast:,.0f}",
+        shown.add_row(row.model, row.impl, f"{row.tokens_per_s:,.0f}", f"{row.slow:,.0f} to {row.fast:,.0f}",
                       f"{row.tokens_per_s / reference:.2f}" if reference else "",
                       "" if row.mfu is None else f"{row.mfu:.1%}",
                       "" if row.peak_mib is None else f"{row.peak_mib:,.0f}", f"{row.first_step_s:.2f} s")

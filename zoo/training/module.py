@@ -21,6 +21,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from zoo.model import LanguageModel
 from zoo.training import finite
 from zoo.training.checkpoint import FORMAT
+from zoo.training.compiling import compile_in_place
 from zoo.training.config import Config
 
 Batch = tuple[Tensor, Tensor]
@@ -51,8 +52,7 @@ class TrainingModule(LightningModule):
         self.unchecked: tuple[int, Tensor, Tensor] | None = None
         self.restored_rng: list[dict[str, Any]] | None = None
         if config.trainer.compile:
-            for block in model.blocks:
-                block.compile()  # in place: parameters keep their names
+            compile_in_place(model)
 
     def configure_model(self) -> None:
         if self.run.trainer.strategy != "fsdp" or isinstance(self.model, FSDPModule):
