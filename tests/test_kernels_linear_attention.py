@@ -164,8 +164,8 @@ def test_results_are_the_same_every_time() -> None:
 @interpreted
 def test_the_operator_is_registered_as_it_should_be() -> None:
     given = [x.float().requires_grad_() for x in inputs(17, B=1).values()]
-    torch.library.opcheck(registered.linear_attention, (*given, None, True))
-    torch.library.opcheck(registered.linear_attention, (*given[:3], None, torch.tensor([0, 4, 17]), False))
+    torch.library.opcheck(registered.linear_attention.overload, (*given, None, True))
+    torch.library.opcheck(registered.linear_attention.overload, (*given[:3], None, torch.tensor([0, 4, 17]), False))
 
 
 def test_compiled_equals_eager() -> None:

@@ -28,6 +28,11 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
+def cdiv(n: int, size: int) -> int:
+    """The number of blocks of `size` that n takes. triton.cdiv is a kernel's function, and slow outside of one."""
+    return -(-n // size)
+
+
 def power_of_two(n: int) -> int:
     """The least power of two that is no less than n."""
     return 1 << (n - 1).bit_length()
@@ -54,9 +59,9 @@ def cut_kernel(p_cu, p_table, p_borders, p_ends, N, ROWS, SIZE, BLOCK: tl.conste
 
 
 def cut_documents(cu_seqlens: Tensor, total: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Chunks of `size` tokens of documents packed in a row -> (`document_chunks`, borders [N + 1], ends [N + 1]), int32.
+    """Chunks of `size` tokens of documents packed in a row -> what `document_chunks` gives, borders and ends [N + 1].
 
-    borders are cu_seqlens; ends[n] is the row of the table where document n's chunks begin. One launch.
+    All int32; borders are cu_seqlens, ends[n] is the row of the table where document n's chunks begin. One launch.
     """
     N, device = len(cu_seqlens) - 1, cu_seqlens.device
     table = torch.empty(total // size + N, 2, dtype=torch.int32, device=device)

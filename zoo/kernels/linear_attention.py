@@ -6,11 +6,11 @@ With A(q, k, v; S_0) for y, and A' for the same with s >= t and the state that c
 
     dq = A(dy, v, k; S_0^T),   dv = A'(k, q, dy; dS_T),   dk = A'(v, dy, q; dS_T^T),   dS_0 = dS_T + sum_t q_t^T dy_t
 
-so that one kernel, `walk`, does all four: a program takes a row of tokens, a head and BV columns of the values, and goes
-over chunks of BT tokens with the state [BK, BV] in registers, in float32, reading q, k, v and writing y once. A state
-too large for registers is cut along K too: the parts' y are added up afterwards. Where the state is small and operands
-have 16 bits, `walk` leaves the state before every few chunks in memory, and `back` goes once from the end for dq, dk
-and dv together; 12 tensors instead of 16 pass through memory.
+so that one kernel, `walk`, does all four: a program takes a row of tokens, a head and BV columns of the values, and
+goes over chunks of BT tokens with the state [BK, BV] in registers, in float32, reading q, k, v and writing y once. A
+state too large for registers is cut along K too, and the parts' y are added up afterwards. Where the state is small
+and operands have 16 bits, `walk` leaves the state before every chunk in memory, and `back` goes once from the end for
+dq, dk and dv together: 13 tensors instead of 16 pass through memory.
 
 Where rows and heads are too few to occupy a GPU, rows are cut into segments: `sums` adds up each segment's k^T v,
 `scan` turns the sums into the state before each, and all segments are walked side by side. Documents packed in a row
@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._common import cut_documents, dot, power_of_two, precision
+from zoo.kernels._common import cdiv, cut_documents, dot, power_of_two, precision
 
 VARYING = ["T", "SEGMENT", "SEGMENTS", "DOCUMENTS", "BEFORE", "AFTER"]  # change from batch to batch: in no compile key
 
@@ -92,7 +92,8 @@ def walk_kernel(
     i = tl.program_id(0).to(tl.int64)
     i_row, i_h, i_k, i_v = i // (H * NK * NV), i // (NK * NV) % H, i // NV % NK, i % NV
     i_b, start, length = place(i_row, p_rows, p_borders, T, SEGMENT, SEGMENTS, DOCUMENTS)
-    o_t, o_k, o_v = tl.arange(0, BT), i_k * BK + tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    o_t, o_k = tl.arange(0, BT), i_k.to(tl.int32) * BK + tl.arange(0, BK)
+    o_v = i_v.to(tl.int32) * BV + tl.arange(0, BV)
     p_q += i_b * q_b + start * q_t + i_h * q_h
     p_k += i_b * k_b + start * k_t + i_h * k_h
     p_v += i_b * v_b + start * v_t + i_h * v_h
@@ -194,7 +195,8 @@ def sums_kernel(
     i = tl.program_id(0).to(tl.int64)
     i_row, i_h, i_k, i_v = i // (H * NK * NV), i // (NK * NV) % H, i // NV % NK, i % NV
     i_b, start, length = place(i_row, p_rows, p_borders, T, SEGMENT, SEGMENTS, DOCUMENTS)
-    o_t, o_k, o_v = tl.arange(0, BT), i_k * BK + tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    o_t, o_k = tl.arange(0, BT), i_k.to(tl.int32) * BK + tl.arange(0, BK)
+    o_v = i_v.to(tl.int32) * BV + tl.arange(0, BV)
     p_k += i_b * k_b + start * k_t + i_h * k_h
     p_v += i_b * v_b + start * v_t + i_h * v_h
     b_state = tl.zeros([BK, BV], tl.float32)
@@ -260,10 +262,10 @@ class Rows:
 
     def __init__(self, B: int, T: int, heads: int, cu_seqlens: Tensor | None):
         wanted = max(1, PROGRAMS // max(1, heads * B))
-        self.segment = max(1, triton.cdiv(T, 64 * wanted)) * 64
+        self.segment = max(1, cdiv(T, 64 * wanted)) * 64
         self.T = T
         if cu_seqlens is None:
-            self.segments = max(1, triton.cdiv(T, self.segment))
+            self.segments = max(1, cdiv(T, self.segment))
             self.number, self.count = B, B * self.segments
             self.table = self.borders = self.ends = None
         else:
@@ -300,7 +302,7 @@ def scan(sums: Tensor, first: Tensor | None, rows: Rows, reverse: bool) -> tuple
     last = sums.new_empty(rows.number, *sums.shape[1:])
     size = sums[0].numel()
     if last.numel():
-        scan_kernel[(rows.number * triton.cdiv(size, 128),)](
+        scan_kernel[(rows.number * cdiv(size, 128),)](
             sums, states, sums if first is None else first.float(), last,
             nothing(sums.device, torch.int32) if rows.ends is None else rows.ends, rows.segments,
             int(rows.ends is not None), int(first is not None), SIZE=size, REVERSE=reverse, BR=16, BLOCK=128,
@@ -316,7 +318,7 @@ def states(k: Tensor, v: Tensor, first: Tensor | None, rows: Rows, reverse: bool
     H, K, V = *k.shape[2:], v.shape[3]
     sums = torch.empty(rows.count, H, K, V, dtype=torch.float32, device=k.device)
     BK, BT, BV, warps, stages = tiling(K, V, dtype)
-    sums_kernel[(rows.count * H * triton.cdiv(K, BK) * triton.cdiv(V, BV),)](
+    sums_kernel[(rows.count * H * cdiv(K, BK) * cdiv(V, BV),)](
         k, v, sums, *rows.place(k.device), *k.stride()[:3], *v.stride()[:3], H=H, K=K, V=V, BT=BT, BK=BK, BV=BV,
         OPERAND=NAMES[dtype], PRECISION=precision(dtype), num_warps=warps, num_stages=stages)
     return scan(sums, first, rows, reverse)
@@ -328,10 +330,10 @@ def walk(q: Tensor, k: Tensor, v: Tensor, y_dtype: torch.dtype, before: Tensor |
     """-> y. `after` is written if it is given, and the state before every `every` tokens to `kept`."""
     H, K, V = *q.shape[2:], v.shape[3]
     BK, BT, BV, warps, stages = tiling(K, V, dtype)
-    parts = triton.cdiv(K, BK)
+    parts = cdiv(K, BK)
     y = torch.empty(parts, *v.shape, dtype=y_dtype if parts == 1 else torch.float32, device=v.device)
     none = nothing(q.device, torch.float32)
-    walk_kernel[(rows.count * H * parts * triton.cdiv(V, BV),)](
+    walk_kernel[(rows.count * H * parts * cdiv(V, BV),)](
         q, k, v, y, none if before is None else before, none if after is None else after, kept,
         *rows.place(q.device), int(before is not None), int(after is not None), *q.stride()[:3], *k.stride()[:3],
         *v.stride()[:3], y.stride(0), H=H, K=K, V=V, REVERSE=reverse, TRANSPOSED=transposed, KEEP=every, BT=BT, BK=BK,
@@ -339,6 +341,7 @@ def walk(q: Tensor, k: Tensor, v: Tensor, y_dtype: torch.dtype, before: Tensor |
     return y[0] if parts == 1 else y.sum(0).to(y_dtype)
 
 
+@functools.cache
 def tiling(K: int, V: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
     tiles = TILES[dtype.itemsize]
     BK = max(16, min(power_of_two(K), max(tiles)))
@@ -352,7 +355,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, cu_se
     dtype = operand(q, k, v)
     q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
     B, T, H, K = q.shape
-    rows = Rows(B, T, H * triton.cdiv(v.shape[3], 64), cu_seqlens)
+    rows = Rows(B, T, H * cdiv(v.shape[3], 64), cu_seqlens)
     first = None if initial_state is None else initial_state.float().contiguous()
     with torch.cuda.device_of(q):
         before, last = states(k, v, first, rows, False, dtype)
@@ -372,7 +375,7 @@ def backward(dy: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, 
     dy, q, k, v = last_contiguous(dy), last_contiguous(q), last_contiguous(k), last_contiguous(v)
     B, T, H, K = q.shape
     V = v.shape[3]
-    rows = Rows(B, T, H * triton.cdiv(V, 64), cu_seqlens)
+    rows = Rows(B, T, H * cdiv(V, 64), cu_seqlens)
     first, behind = (None if x is None else x.float().contiguous() for x in (initial_state, dlast))
     with torch.cuda.device_of(q):
         behind, dfirst = states(q, dy, behind, rows, True, dtype)

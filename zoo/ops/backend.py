@@ -164,10 +164,7 @@ def _tested(kernel: Kernel, device: torch.device, dtype: torch.dtype, sizes: tup
     code = b"".join((folder / f"{name}.py").read_bytes() for name in sources)
     key = " ".join([kernel.op, str(dtype), "x".join(map(str, sizes)), torch.cuda.get_device_name(device),
                     torch.__version__, triton.__version__, hashlib.sha256(code).hexdigest()[:16]])
-    try:
-        known = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        known = {}
+    known = _results(path)
     if not isinstance(known.get(key), float):
         # the random state is the caller's, and a self-test may run in the middle of its training
         with torch.random.fork_rng([device]), torch.inference_mode(False), torch.enable_grad(), \
@@ -177,8 +174,17 @@ def _tested(kernel: Kernel, device: torch.device, dtype: torch.dtype, sizes: tup
             except Exception as failure:  # too much shared memory for this GPU, say; a build that Triton cannot make
                 error = float("inf")
                 _log.warning("the self-test of %s did not run: %s", kernel.op, " ".join(str(failure).split())[:200])
-        known[key] = error if error == error else float("inf")
+        known = _results(path) | {key: error if error == error else float("inf")}  # others may have written meanwhile
         with contextlib.suppress(OSError):  # a cache that cannot be written is a test run again
             path.parent.mkdir(parents=True, exist_ok=True)
             replace(path, json.dumps(known, indent=1).encode())
     return known[key]
+
+
+def _results(path: Path) -> dict[str, float]:
+    """The self-tests' results so far, none from a file that is missing or damaged."""
+    try:
+        known = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}

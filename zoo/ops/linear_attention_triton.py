@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from zoo.errors import ZooError
 from zoo.ops.backend import Kernel
 from zoo.ops.documents import check_documents
-
+from zoo.ops.operator import operator
 
 CHUNK = 64  # tokens between the states that are kept for the backward pass
 
@@ -28,7 +28,7 @@ def kept_states(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> t
     return chunks, H, K, v.shape[3]
 
 
-@torch.library.custom_op("zoo::linear_attention", mutates_args=())
+@operator("zoo::linear_attention")
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,
                      keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """q, k [B, T, H, K], v [B, T, H, V], initial_state [N, H, K, V] -> y [B, T, H, V], last states in float32, kept.
@@ -53,7 +53,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens:
     return v.new_empty(v.shape), v.new_empty(rows, *q.shape[2:], v.shape[3], dtype=torch.float32), kept
 
 
-@torch.library.custom_op("zoo::linear_attention_backward", mutates_args=())
+@operator("zoo::linear_attention_backward")
 def linear_attention_backward(dy: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
                               initial_state: Tensor | None, cu_seqlens: Tensor | None,
                               kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
