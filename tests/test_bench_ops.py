@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib.util
+import json
+import time
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,15 @@ from torch import Tensor
 
 from zoo import ZooError
 from zoo.bench import ops as measuring
-from zoo.bench import ops_peers
+from zoo.bench import ops_aft, ops_peers, ops_prepare
 from zoo.bench.ops import EAGER, ZOO, Ceilings, Found, Row, bench_ops, zoo_sides
 from zoo.bench.ops_cases import BLOCK, DIRECTIONS, LENGTHS, OPS, RANK, TOKENS, Case, build, cases
-from zoo.bench.ops_peers import Peer, Side, tune
-from zoo.bench.ops_report import COLUMNS, left_out, plot, table, to_csv
+from zoo.bench.ops_peers import Peer, Side
+from zoo.bench.ops_prepare import tune
+from zoo.bench.ops_report import COLUMNS, from_csv, left_out, plot, source_commit, table, to_csv
 from zoo.bench.timing import Timing
 from zoo.cli import main
+from zoo.ops import aft
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SMALL = {"causal_attention": (2, 32, 32), "aft_full": (1, 24, 24), "aft_simple": (1, 24, 24), "aft_local": (1, 24, 24),
@@ -180,21 +184,93 @@ def test_a_reference_is_never_timed_as_a_kernel() -> None:
 def test_tuning_is_bounded_and_its_failure_told(monkeypatch: pytest.MonkeyPatch) -> None:
     peer = Peer("nobody", ("wkv6",), lambda problem: Side(problem.zoo, []), on_cpu=True, tunes=True)
     assert "longer than 0 s" in tune(peer, small("wkv6"), CPU, 0.05)
-    assert "unknown peer 'nobody'; allowed:" in tune(peer, small("wkv6"), CPU, 200)
+    assert "unknown peer 'nobody'; allowed: fla" in tune(peer, small("wkv6"), CPU, 200)
     asked: list[Case] = []
-    monkeypatch.setattr(ops_peers, "tune", lambda peer, case, *rest: asked.append(case) or "it took too long")
+    monkeypatch.setattr(ops_prepare, "tune", lambda peer, case, *rest: asked.append(case) or "it took too long")
     monkeypatch.setattr(ops_peers, "peers", lambda op: [peer])
     found, = bench_ops(["wkv6"], device=CPU, lengths=[4, 8], budget=0)
     assert [case.T for case in asked] == [4]  # once a head size
     assert [case.T for case in found.left_out["nobody", "it took too long"]] == [4, 8]
 
 
-def test_tuning_runs_a_peer_forward_and_backward() -> None:
-    """In this process: what the other one does."""
-    words = '{"op": "aft_full", "B": 1, "T": 8, "H": 1, "K": 16, "V": 16, "dtype": "float32"}'
-    ops_peers._first_call("torch", words, "cpu")
-    with pytest.raises(ZooError, match="unknown peer"):
-        ops_peers._first_call("nobody", words, "cpu")
+def words(*units: tuple[str, Case]) -> str:
+    return json.dumps([[name, dataclasses.asdict(case) | {"dtype": "float32"}] for name, case in units])
+
+
+def test_first_calls_go_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: what the others do. Compiling goes on where a unit fails; tuning tells of it."""
+    called: list[str] = []
+
+    def make(problem) -> Side:
+        called.append(str(problem.case))
+        return Side(problem.zoo, problem.leaves)
+
+    monkeypatch.setattr(ops_peers, "peers", lambda op: [Peer("one", (op,), make, on_cpu=True)])
+    units = [("nobody", small("aft_full", 8)), ("one", small("aft_full", 9))]
+    with pytest.raises(SystemExit) as stop:
+        ops_prepare.first_calls("compile", words(*units), "cpu")
+    assert stop.value.code == 1
+    assert called == [str(units[1][1])]
+    with pytest.raises(ZooError, match="unknown peer 'nobody'"):
+        ops_prepare.first_calls("tune", words(units[0]), "cpu")
+
+
+def test_compiling_beforehand_is_bounded() -> None:
+    """In other processes: one that fails, then one that is cut off."""
+    work = [("nobody", small("aft_simple", 4))]
+    assert ops_prepare.compile_all(work, CPU, workers=2, limit=200) == 1
+    began = time.monotonic()
+    assert ops_prepare.compile_all(work * 2, CPU, workers=1, limit=0.05) == 1
+    assert time.monotonic() - began < 2
+    assert ops_prepare.compile_all([], CPU, workers=2, limit=1) == 0
+
+
+def test_what_is_compiled_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = [Peer("slow", ("aft_simple",), None, compiles=True), Peer("plain", ("aft_simple",), None),
+            Peer("absent", ("aft_simple",), None, compiles=True, module="no_such_module")]
+    monkeypatch.setattr(ops_peers, "peers", lambda op: many)
+    planned = cases("aft_simple", GPU)
+    units = ops_prepare.units(planned, GPU, peers=True)
+    assert [case.T for name, case in units if name == "zoo"] == [min(LENGTHS), max(LENGTHS)]
+    assert [case for name, case in units if name == "slow"] == planned
+    assert {name for name, _ in units} == {"zoo", "slow"}
+    assert {name for name, _ in ops_prepare.units(planned, GPU, peers=False)} == {"zoo"}
+    losses = ops_prepare.units(cases("linear_cross_entropy", GPU), GPU, peers=False)
+    assert [case.V for _, case in losses] == [8192, 50304, 256]
+
+
+def test_shapes_of_bars_come_first_and_the_rest_may_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[tuple[str, int]] = []
+    monkeypatch.setattr(measuring, "_measure", lambda case, *rest: order.append((case.op, case.T)))
+    found = list(bench_ops(["aft_full", "wkv6"], device=CPU, lengths=[512, 1024, 4096]))
+    assert order == [("aft_full", 1024), ("wkv6", 1024), ("aft_full", 512), ("aft_full", 4096), ("wkv6", 512),
+                     ("wkv6", 4096)]
+    assert [each.op for each in found] == ["aft_full", "wkv6"] * 2
+    assert {str(case) for case in cases("aft_full", GPU) if case.first} == {
+        "B32 T1024 H1 K512 V512", "B8 T4096 H1 K1024 V1024"}
+    del order[:]
+    cut = list(bench_ops(["aft_full", "wkv6"], device=CPU, lengths=[1024], limit=-1))
+    assert order == []
+    assert all("not begun within" in why for each in cut for _, why in each.left_out)
+
+
+@pytest.mark.parametrize("T", [1, 15, 17, 100])
+@pytest.mark.parametrize("scale", [1.0, 60.0])
+def test_safe_forms_are_right_for_keys_of_any_size(T: int, scale: float) -> None:
+    """And the plain ones, their exp out of range, are not."""
+    inputs = {name: x * scale if name == "k" else x for name, x in build(small("aft_full", T), CPU).inputs.items()}
+    bias = inputs.pop("bias")
+    for safe, op, more in ((ops_aft.safe_simple, aft.aft_simple, []), (ops_aft.safe_full, aft.aft_full, [bias])):
+        leaves = [x.detach().double().requires_grad_() for x in (*inputs.values(), *more)]
+        given = [x.detach().float().requires_grad_() for x in leaves]
+        got, want = safe(*given), op(*leaves)
+        torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-3)
+        if safe is ops_aft.safe_full or scale == 1:  # log(v + lift) of a value that has no weight has no digits left
+            pairs = zip(torch.autograd.grad(got.sum(), given), torch.autograd.grad(want.sum(), leaves), strict=True)
+            for g, w in pairs:
+                torch.testing.assert_close(g.double(), w, rtol=1e-3, atol=1e-3 * float(w.abs().max()))
+    if scale > 1 and T > 15:
+        assert not ops_aft.simple(*inputs.values()).isfinite().all()
 
 
 def test_ceilings_bound_both_ways() -> None:
@@ -206,7 +282,7 @@ def test_ceilings_bound_both_ways() -> None:
 
 
 def test_csv_has_exactly_the_columns() -> None:
-    head, line, second = csv.reader(to_csv([row(), row(peak_mib=12.345)], CPU).splitlines())
+    head, line, second = csv.reader(to_csv([row(), row(impl="fla", peak_mib=12.345)], CPU).splitlines())
     assert ",".join(head) == ("op,impl,direction,B,T,H,K,V,dtype,ms_p50,ms_p20,ms_p80,peak_mib,gpu,torch,triton,commit"
                               ) == ",".join(COLUMNS)
     fields = dict(zip(head, line, strict=True))
@@ -215,6 +291,34 @@ def test_csv_has_exactly_the_columns() -> None:
     assert [fields[name] for name in ("ms_p50", "ms_p20", "ms_p80", "peak_mib", "gpu")] == ["2", "1", "4", "", "cpu"]
     assert fields["torch"] == torch.__version__
     assert second[COLUMNS.index("peak_mib")] == "12.3"
+
+
+def test_rows_of_a_run_take_the_place_of_the_same_rows() -> None:
+    before = to_csv([row(T=16), row(T=64), row("aft_simple", "torch")], CPU, commit="0123abc")
+    again = to_csv([row(ms=4.0, T=64), row(impl="fla")], CPU, before=before, commit="fff")
+    lines = [dict(zip(COLUMNS, line, strict=True)) for line in csv.reader(again.splitlines())][1:]
+    assert [(line["op"], line["impl"], line["T"], line["ms_p50"], line["commit"]) for line in lines] == [
+        ("aft_simple", "torch", "64", "2", "0123abc"), ("wkv6", "zoo", "16", "2", "0123abc"),
+        ("wkv6", "zoo", "64", "4", "fff"), ("wkv6", "fla", "64", "2", "fff")]
+    assert to_csv([], CPU, before=again) == again
+    other = again.replace(",cpu,", ",GPU X,")
+    assert to_csv([], CPU, before=again + other.split("\n", 1)[1]).count("\n") == 9  # another device's rows are others
+    read = from_csv(again, CPU)
+    assert [(each.case, each.impl, each.direction) for each in read] == [
+        (each.case, each.impl, each.direction) for each in (
+            row("aft_simple", "torch"), row(T=16), row(T=64), row(impl="fla"))]
+    assert [each.timing.p50 for each in read] == [0.002, 0.002, 0.004, 0.002]
+    assert from_csv(other, CPU) == []
+    assert to_csv([row()], CPU).splitlines()[1].split(",")[-1] == source_commit()
+
+
+HEAD = ",".join(COLUMNS)
+
+
+@pytest.mark.parametrize("text", ["a,b\n1,2\n", HEAD + "\n1,2\n", HEAD + "\n" + "x," * 16 + "x\n", "\x00\n\n"])
+def test_rows_are_not_added_to_another_kind_of_file(text: str) -> None:
+    with pytest.raises(ZooError, match="allowed is a table of op, impl"):
+        to_csv([row()], CPU, before=text)
 
 
 def test_the_table_compares() -> None:
@@ -297,6 +401,8 @@ def test_what_is_measured_is_kept(run, tmp_path: Path, monkeypatch: pytest.Monke
     (("--ops", "softmax"), "unknown op 'softmax'; allowed: aft_conv, aft_full"),
     (("--lengths", "12,x"), "lengths: 'x' is not allowed: whole numbers"),
     (("--lengths", "0"), "lengths=[0] are not allowed"),
+    (("--workers", "-1"), "--workers"),
+    (("--csv", __file__), "rows cannot be added to this file"),
     (("--csv", "/missing/ops.csv"), "cannot write /missing/ops.csv"),
     (("--plot", "ops.jpeg2"), "a name that ends in .svg"),
 ])

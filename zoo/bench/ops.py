@@ -7,6 +7,7 @@ cannot be measured is named with the reason. Times are of a stream of calls, wit
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,14 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo.bench import ops_peers
+from zoo.bench import ops_peers, ops_prepare
 from zoo.bench.ops_cases import DIRECTIONS, OPS, Case, Problem, build, cases
-from zoo.bench.ops_peers import Peer, Side
+from zoo.bench.ops_peers import Peer, Side, own
 from zoo.bench.timing import Timing, captured, interleave, seconds
 from zoo.errors import ZooError, choose
-from zoo.ops.backend import use_backend
 
-ZOO, EAGER = "zoo", "zoo-eager"
+ZOO, EAGER = ops_prepare.ZOO, "zoo-eager"
 PLAIN_VOCABULARY = 1024  # up to which the loss may take PyTorch's own path and still be the zoo's choice
 TOLERANCE = 0.05  # relative error of bf16 results; float32 ones are far closer
 
@@ -84,39 +84,46 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     return Ceilings(2 * side**3 / best(lambda: a @ a), 2 * source.nbytes / best(lambda: target.copy_(source)))
 
 
-def bench_ops(ops: Sequence[str] | None = None, *, device: torch.device, ceilings: Ceilings | None = None,
-              lengths: Sequence[int] | None = None, peers: bool = True, budget: float = 20.0, tuning: float = 300.0,
-              progress: Callable[[str, float], object] = lambda op, done: None) -> Iterator[Found]:
+def bench_ops(ops: Sequence[str] | None = None, *, device: torch.device, lengths: Sequence[int] | None = None,
+              peers: bool = True, budget: float = 20.0, tuning: float = 300.0, workers: int = 0,
+              limit: float = float("inf"), progress: Callable[[str, float], object] = lambda op, done: None,
+              ) -> Iterator[Found]:
     """Time ops one after the other, each for about `budget` seconds of measuring, first calls not counted.
 
-    Yields each op's rows as soon as they are there. `tuning`: the limit, in seconds, of a peer's own tuning for one
-    head size. progress(op, share of its cases done).
+    The shapes of bars come first, of all ops; then the others. Yields an op's rows as soon as they are there, so twice
+    as a rule. `tuning`: the limit, in seconds, of a peer's own tuning for one head size, and of compiling beforehand in
+    as many processes as `workers` says. What has not begun `limit` seconds after the call is left out, and named.
+    progress(op, share of its cases done).
     """
+    end = time.monotonic() + limit
     chosen = [choose("op", name, OPS) for name in ops] if ops is not None else list(OPS)
     planned = {op: cases(op, device, lengths) for op in chosen}
-    for op in chosen:
-        found, tuned = Found(op), dict[tuple[str, tuple[int, int, int]], str]()
-        for count, case in enumerate(planned[op]):
-            progress(op, count / len(planned[op]))
-            _measure(case, device, peers, budget / len(planned[op]), tuning, tuned, found)
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-        yield found
+    if workers and device.type == "cuda":
+        progress("compiling", 0.0)
+        ordered = sorted((case for op in chosen for case in planned[op]), key=lambda case: not case.first)
+        ops_prepare.compile_all(ops_prepare.units(ordered, device, peers), device, workers, min(tuning, limit))
+    tuned: dict[tuple[str, str, tuple[int, int, int]], str] = {}
+    for first in (True, False):
+        for op in chosen:
+            now, found = [case for case in planned[op] if case.first == first], Found(op)
+            for count, case in enumerate(now):
+                progress(op, count / len(now))
+                if time.monotonic() > end:
+                    found.leave_out("all", f"not begun within the {limit:.0f} s allowed; --limit gives longer", case)
+                    continue
+                _measure(case, device, peers, budget / len(planned[op]), tuning, tuned, found)
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+            if now:
+                yield found
 
 
 def zoo_sides(problem: Problem) -> dict[str, Callable[[], Side]]:
     """The op on its kernels and on its reference; to make the first raises a ZooError where there is no kernel."""
 
-    def on(backend: str) -> Side:
-        def forward() -> Tensor:
-            with use_backend(backend):
-                return problem.zoo()
-
-        return Side(forward, problem.leaves)
-
     def kernels() -> Side:
-        side, case = on("triton"), problem.case
+        side, case = own(problem, "triton"), problem.case
         if not problem.dy.is_cuda:
             raise ZooError("the kernels run on a GPU; Triton's interpreter on a CPU is for tests")
         with torch.no_grad(), _Called() as called:
@@ -125,7 +132,7 @@ def zoo_sides(problem: Problem) -> dict[str, Callable[[], Side]]:
             raise ZooError("no kernel of its own was called, though the kernels were asked for")
         return side
 
-    return {ZOO: kernels, EAGER: lambda: on("eager")}
+    return {ZOO: kernels, EAGER: lambda: own(problem, "eager")}
 
 
 class _Called(TorchDispatchMode):
@@ -139,7 +146,7 @@ class _Called(TorchDispatchMode):
 
 
 def _measure(case: Case, device: torch.device, with_peers: bool, budget: float, tuning: float,
-             tuned: dict[tuple[str, tuple[int, int, int]], str], found: Found) -> None:
+             tuned: dict[tuple[str, str, tuple[int, int, int]], str], found: Found) -> None:
     """Check, then time all sides of a case that work here."""
     try:
         problem = build(case, device)
@@ -190,11 +197,11 @@ def _without_launches(name: str, call: Callable[[], object], case: Case, device:
 
 
 def _tuned(peer: Peer, case: Case, device: torch.device, limit: float,
-           tuned: dict[tuple[str, tuple[int, int, int]], str]) -> str:
+           tuned: dict[tuple[str, str, tuple[int, int, int]], str]) -> str:
     """Why the peer's tuning for a head size did not end well, "" if it did or there is none; asked once."""
-    key = peer.name, case.kind
+    key = peer.name, case.op, case.kind
     if peer.tunes and key not in tuned:
-        tuned[key] = ops_peers.tune(peer, case, device, limit)
+        tuned[key] = ops_prepare.tune(peer, case, device, limit)
     return tuned.get(key, "")
 
 

@@ -16,6 +16,7 @@ WINDOW = 32  # of AFT-local and AFT-conv
 BLOCK, RANK = 64, 16  # tokens of a block, and summaries of one
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 CPU_LENGTHS = (256, 512)
+FIRST_LENGTH = 1024
 DIRECTIONS = "forward", "forward+backward"
 
 
@@ -32,6 +33,11 @@ class Case:
     K: int
     V: int
     dtype: torch.dtype
+
+    @property
+    def first(self) -> bool:
+        """Whether it is measured before all others: the shapes that a bar or somebody's published figure is for."""
+        return self.T == FIRST_LENGTH or (self.B, self.T, *self.kind) in _SINGLE.get(self.op, [])
 
     @property
     def kind(self) -> tuple[int, int, int]:

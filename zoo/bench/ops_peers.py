@@ -1,21 +1,14 @@
 """The libraries that `zoo bench ops` compares with, each called so that it does the same work as the op of the zoo.
 
-Layouts, scales and signs are converted outside the clock. What a peer tunes at its first call, it tunes in a process of
-its own with a limit (`tune`): the choices stay in Triton's cache, where the process that measures finds them.
+Layouts, scales and signs are converted outside the clock.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import importlib.util
 import io
-import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.bench.ops_cases import BLOCK, FEATURES, RANK, Case, Problem, build
-from zoo.errors import ZooError
+from zoo.bench import ops_aft
+from zoo.bench.ops_cases import BLOCK, FEATURES, RANK, Case, Problem
+from zoo.ops.backend import use_backend
 
 
 @dataclass(frozen=True)
@@ -45,6 +39,7 @@ class Peer:
     package: str = ""  # that the module comes in
     on_cpu: bool = False
     tunes: bool = False  # for minutes, at the first call of a head size
+    compiles: bool = False  # for seconds, at the first call of a shape
     tolerance: float = 0.05  # of the relative error to the zoo's result, in bf16
     longest: int | None = None  # T
 
@@ -59,34 +54,18 @@ class Peer:
         return ""
 
 
+def own(problem: Problem, backend: str) -> Side:
+    """The op of the zoo on one of its backends."""
+    def forward() -> Tensor:
+        with use_backend(backend):
+            return problem.zoo()
+
+    return Side(forward, problem.leaves)
+
+
 def peers(op: str) -> list[Peer]:
     """All that are known to do the work of an op, installed or not."""
     return [peer for peer in _PEERS if op in peer.ops]
-
-
-def tune(peer: Peer, case: Case, device: torch.device, limit: float) -> str:
-    """Let the peer tune itself, for at most `limit` seconds, on a case. -> Why it could not, "" if it did.
-
-    A kernel's choice is kept as soon as it is made, so that another run goes on where this one was stopped.
-    """
-    words = json.dumps(dataclasses.asdict(case) | {"dtype": str(case.dtype).removeprefix("torch.")})
-    process = subprocess.Popen([sys.executable, "-m", __name__, peer.name, words, str(device)], text=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
-    try:
-        _, errors = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        return (f"its own tuning took longer than {limit:.0f} s; what it has tuned is kept, so that another run goes "
-                "on from there, and --tuning gives it longer")
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return "" if process.returncode == 0 else f"its first call failed: {last_line(errors)}"
-
-
-def last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "without a message"
 
 
 def _public(module: str, name: str) -> Any:
@@ -149,39 +128,34 @@ def _performer(problem: Problem) -> Side:
                 [q, k, x["v"]])
 
 
-def _plain_aft_full(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Equation 2 of 2105.14103 as it is written, without a maximum: right only while exp(k) and exp(w) are in range."""
-    future = torch.ones(bias.shape, dtype=torch.bool, device=bias.device).triu(1)
-    weights, p = bias.masked_fill(future, -torch.inf).exp().to(v.dtype), k.exp()
-    return q.sigmoid() * ((weights @ (p * v)) / (weights @ p))
-
-
-def _plain_aft_simple(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    p = k.float().exp()
-    return (q.float().sigmoid() * (p * v).cumsum(1) / p.cumsum(1)).to(q.dtype)
-
-
 def _plain_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, weight).float(), targets)
 
 
 _PLAIN: dict[str, Callable[..., Tensor]] = {
-    "aft_full": _plain_aft_full, "aft_simple": _plain_aft_simple, "linear_cross_entropy": _plain_loss}
+    "aft_full": ops_aft.full, "aft_simple": ops_aft.simple, "linear_cross_entropy": _plain_loss}
+_SAFE: dict[str, Callable[..., Tensor]] = {"aft_full": ops_aft.safe_full, "aft_simple": ops_aft.safe_simple}
 
 
 def _plain(problem: Problem) -> Side:
     return Side(lambda: _PLAIN[problem.case.op](**problem.inputs), problem.leaves)
 
 
-def _compiled(problem: Problem) -> Side:
-    torch.compiler.reset()  # every shape is compiled for itself, and none is too many
-    call = torch.compile(_PLAIN[problem.case.op], dynamic=False, fullgraph=True)
-    return Side(lambda: call(**problem.inputs), problem.leaves)
+def _compiled(formulas: dict[str, Callable[..., Tensor]]) -> Callable[[Problem], Side]:
+    def make(problem: Problem) -> Side:
+        torch.compiler.reset()  # every shape is compiled for itself, and none is too many
+        call = torch.compile(formulas[problem.case.op], dynamic=False, fullgraph=True)
+        return Side(lambda: call(**problem.inputs), problem.leaves)
+
+    return make
 
 
-def _liger(problem: Problem) -> Side:
-    loss, x = _public("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"), problem.inputs
-    return Side(lambda: loss(x["x"], x["weight"], x["targets"]), problem.leaves)
+def _liger(**options: Any) -> Callable[[Problem], Side]:
+    def make(problem: Problem) -> Side:
+        loss, x = _public("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"), problem.inputs
+        return Side(lambda: loss(x["x"], x["weight"], x["targets"], **options), problem.leaves)
+
+    return make
 
 
 def _cut(problem: Problem) -> Side:
@@ -198,27 +172,11 @@ _PEERS = (
     Peer("performer-pytorch", ("favor_attention",), _performer, module="performer_pytorch", on_cpu=True,
          package="performer-pytorch", tolerance=0.2),
     Peer("torch", _WITH_FORMULA, _plain, on_cpu=True),
-    Peer("torch-compile", _WITH_FORMULA, _compiled),
-    Peer("liger", ("linear_cross_entropy",), _liger, module="liger_kernel", package="liger-kernel"),
+    Peer("torch-compile", _WITH_FORMULA, _compiled(_PLAIN), compiles=True),
+    Peer("torch-compile-safe", ("aft_full",), _compiled(_SAFE), compiles=True, longest=8192),
+    Peer("torch-compile-safe", ("aft_simple",), _compiled(_SAFE), compiles=True),
+    Peer("liger", ("linear_cross_entropy",), _liger(), module="liger_kernel", package="liger-kernel"),
+    Peer("liger-float32", ("linear_cross_entropy",), _liger(accum_dtype=torch.float32), module="liger_kernel",
+         package="liger-kernel"),
     Peer("cut-cross-entropy", ("linear_cross_entropy",), _cut, module="cut_cross_entropy", package="cut-cross-entropy"),
 )
-
-
-def _first_call(name: str, words: str, device: str) -> None:
-    """What the process that tunes does."""
-    facts = json.loads(words)
-    case = Case(**facts | {"dtype": getattr(torch, facts["dtype"])})
-    peer = next((peer for peer in _PEERS if peer.name == name), None)
-    if peer is None:
-        raise ZooError(f"unknown peer {name!r}; allowed: {', '.join(peer.name for peer in _PEERS)}")
-    problem = build(case, torch.device(device))
-    side = peer.make(problem)
-    torch.autograd.grad(side.forward(), side.leaves, problem.dy)
-    with torch.no_grad():
-        side.forward()
-    if problem.dy.is_cuda:
-        torch.cuda.synchronize()
-
-
-if __name__ == "__main__":
-    _first_call(*sys.argv[1:])

@@ -6,15 +6,17 @@ import csv
 import importlib.util
 import io
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
 
 from zoo.bench.ops import EAGER, ZOO, Ceilings, Found, Row
-from zoo.bench.ops_cases import DIRECTIONS, Case
+from zoo.bench.ops_cases import DIRECTIONS, OPS, Case
+from zoo.bench.timing import Timing
 from zoo.errors import ZooError
 
 COLUMNS = ("op", "impl", "direction", "B", "T", "H", "K", "V", "dtype", "ms_p50", "ms_p20", "ms_p80", "peak_mib", "gpu",
@@ -23,19 +25,78 @@ FORMATS = ".svg", ".png", ".pdf"
 PANELS = 3  # in a row of the plot
 
 
-def to_csv(rows: Sequence[Row], device: torch.device) -> str:
-    """`COLUMNS`; peak_mib is empty where it cannot be measured, triton and commit where there are none."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    same = gpu, torch.__version__, _version("triton"), commit()
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
+def to_csv(rows: Sequence[Row], device: torch.device, *, before: str = "", commit: str | None = None) -> str:
+    """`COLUMNS`; peak_mib is empty where it cannot be measured, triton and commit where there are none.
+
+    `before`: such a table, whose rows stay but where one of `rows` is of the same side, shape, direction and GPU.
+    `commit`: of the measured code; git's answer if None. Raises ZooError for a table of another kind.
+    """
+    same = _gpu(device), torch.__version__, _version("triton"), source_commit() if commit is None else commit
+    lines = {_key(line): line for line in _lines(before)}
     for row in rows:
         case, timing = row.case, row.timing
-        writer.writerow([case.op, row.impl, row.direction, case.B, case.T, case.H, case.K, case.V, _dtype(case),
-                         *(f"{1e3 * value:.5g}" for value in (timing.p50, timing.p20, timing.p80)),
-                         "" if row.peak_mib is None else f"{row.peak_mib:.1f}", *same])
+        line = [str(value) for value in (
+            case.op, row.impl, row.direction, case.B, case.T, case.H, case.K, case.V, _dtype(case),
+            *(f"{1e3 * value:.5g}" for value in (timing.p50, timing.p20, timing.p80)),
+            "" if row.peak_mib is None else f"{row.peak_mib:.1f}", *same)]
+        lines[_key(line)] = line
+    ordered = sorted(lines.values(), key=_order)
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([COLUMNS, *ordered])
     return out.getvalue()
+
+
+def from_csv(text: str, device: torch.device) -> list[Row]:
+    """The rows of such a table that were measured on this kind of device; what it does not hold is 0."""
+    found = []
+    for line in _lines(text):
+        cell = dict(zip(COLUMNS, line, strict=True))
+        if cell["gpu"] == _gpu(device):
+            B, T, H, K, V = _shape_of(cell)
+            p50, p20, p80 = (float(cell[f"ms_p{q}"]) / 1e3 for q in (50, 20, 80))
+            found.append(Row(Case(cell["op"], B, T, H, K, V, getattr(torch, cell["dtype"])), cell["impl"],
+                             cell["direction"], Timing(p50, p20, p80, 0), None, 0.0, 0.0, 0.0))
+    return found
+
+
+def _lines(text: str) -> list[list[str]]:
+    """Those after the head. Raises ZooError where they are not what this program writes."""
+    lines = list(csv.reader(text.splitlines()))
+    try:
+        for line in lines[1:]:
+            cell = dict(zip(COLUMNS, line, strict=True))
+            if min(_shape_of(cell)) < 1 or not isinstance(getattr(torch, cell["dtype"]), torch.dtype):
+                raise ValueError
+            for q in (50, 20, 80):
+                float(cell[f"ms_p{q}"])
+        if lines and tuple(lines[0]) != COLUMNS:
+            raise ValueError
+    except (ValueError, AttributeError):
+        raise ZooError(f"rows cannot be added to this file: allowed is a table of {', '.join(COLUMNS)}") from None
+    return lines[1:]
+
+
+def _shape_of(cell: Mapping[str, str]) -> tuple[int, int, int, int, int]:
+    B, T, H, K, V = (int(cell[name]) for name in "BTHKV")
+    return B, T, H, K, V
+
+
+def _key(line: Sequence[str]) -> tuple[str, ...]:
+    """What a row is of: all columns before the times, and the GPU."""
+    return (*line[:COLUMNS.index("ms_p50")], line[COLUMNS.index("gpu")])
+
+
+def _order(line: Sequence[str]) -> Any:
+    """By GPU and op; head sizes ascending, tokens descending, T ascending; forward first; the zoo before the others."""
+    cell = dict(zip(COLUMNS, line, strict=True))
+    B, T, H, K, V = _shape_of(cell)
+    op = OPS.index(cell["op"]) if cell["op"] in OPS else len(OPS)
+    rank = [ZOO, EAGER].index(cell["impl"]) if cell["impl"] in (ZOO, EAGER) else 2
+    return cell["gpu"], op, cell["op"], H, K, V, -B * T, T, cell["direction"], rank, cell["impl"]
+
+
+def _gpu(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def table(found: Found, ceilings: Ceilings) -> Table:
@@ -141,7 +202,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
             raise ZooError(f"cannot write {path}: {error}") from None
 
 
-def commit() -> str:
+def source_commit() -> str:
     """The source tree's commit, with "+changes" where it was edited since; "" outside of git."""
     try:
         name, changes = (
