@@ -9,8 +9,8 @@ With A(q, k, v; S_0) for y, and A' for the same with s >= t and the state that c
 so that one kernel, `walk`, does all four: a program takes a row of tokens, a head and BV columns of the values, and
 goes over chunks of BT tokens with the state [BK, BV] in registers, in float32, reading q, k, v and writing y once. A
 state too large for registers is cut along K too, and the parts' y are added up afterwards. Where the state is small
-and operands have 16 bits, `walk` leaves the state before every chunk in memory, and `back` goes once from the end for
-dq, dk and dv together: 13 tensors instead of 16 pass through memory.
+and operands have 16 bits, `walk` leaves the state before every chunk in memory, and `linear_attention_backward` goes
+once from the end for dq, dk and dv together: 13 tensors instead of 16 pass through memory.
 
 Where rows and heads are too few to occupy a GPU, rows are cut into segments: `sums` adds up each segment's k^T v,
 `scan` turns the sums into the state before each, and all segments are walked side by side. Documents packed in a row
@@ -125,65 +125,6 @@ def walk_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def back_kernel(
-    p_q, p_k, p_v, p_dy, p_dq, p_dk, p_dv, p_behind, p_dfirst, p_kept, p_rows, p_borders, T, SEGMENT, SEGMENTS,
-    DOCUMENTS, BEFORE, AFTER, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dy_b, dy_t, dy_h,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):
-    """dq, dk and dv of a segment from the states that `walk` kept, and the state's gradient behind it; that before it.
-
-    The gradient is summed twice, once transposed: a product's result must not be transposed into another product.
-    """
-    i = tl.program_id(0).to(tl.int64)
-    i_row, i_h = i // H, i % H
-    i_b, start, length = place(i_row, p_rows, p_borders, T, SEGMENT, SEGMENTS, DOCUMENTS)
-    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BV)
-    p_q += i_b * q_b + start * q_t + i_h * q_h
-    p_k += i_b * k_b + start * k_t + i_h * k_h
-    p_v += i_b * v_b + start * v_t + i_h * v_h
-    p_dy += i_b * dy_b + start * dy_t + i_h * dy_h
-    o_to = (i_b * T + start) * H + i_h
-    p_dq += o_to * K
-    p_dk += o_to * K
-    p_dv += o_to * V
-    o_state = o_k[:, None] * V + o_v[None, :]
-    m_state = (o_k < K)[:, None] & (o_v < V)[None, :]
-    o_turned = o_k[None, :] * V + o_v[:, None]
-    m_turned = (o_k < K)[None, :] & (o_v < V)[:, None]
-    p_behind += (i_row * H + i_h) * (K * V)
-    b_d = tl.load(p_behind + o_state, mask=m_state & (BEFORE != 0), other=0.0)
-    b_d_turned = tl.load(p_behind + o_turned, mask=m_turned & (BEFORE != 0), other=0.0)
-    p_kept += (kept(i_row, p_rows, p_borders, T, SEGMENT, SEGMENTS, DOCUMENTS, BT) * H + i_h) * (K * V)
-    seen = o_t[:, None] >= o_t[None, :]
-    chunks = (length + BT - 1) // BT
-    for i_c in range(chunks):
-        first = (chunks - 1 - i_c) * BT
-        b_q = tile(p_q, first, length, o_t, o_k, q_t, K, OPERAND)
-        b_k = tile(p_k, first, length, o_t, o_k, k_t, K, OPERAND)
-        b_v = tile(p_v, first, length, o_t, o_v, v_t, V, OPERAND)
-        b_dy = tile(p_dy, first, length, o_t, o_v, dy_t, V, OPERAND)
-        b_state = tl.load(p_kept + first // BT * (H * K * V) + o_state, mask=m_state, other=0.0)
-        b_dscores = tl.where(seen, dot(b_dy, tl.trans(b_v), tl.zeros([BT, BT], tl.float32), PRECISION), 0.0)
-        b_dq = dot(b_dy, tl.trans(b_state), tl.zeros([BT, BK], tl.float32), PRECISION)
-        b_dq = dot(b_dscores.to(OPERAND), b_k, b_dq, PRECISION)
-        put(p_dq, b_dq, first, length, o_t, o_k, H * K, K)
-        behind = tl.trans(seen)
-        b_dscores = tl.where(behind, dot(b_v, tl.trans(b_dy), tl.zeros([BT, BT], tl.float32), PRECISION), 0.0)
-        b_dk = dot(b_v, b_d_turned.to(OPERAND), tl.zeros([BT, BK], tl.float32), PRECISION)
-        b_dk = dot(b_dscores.to(OPERAND), b_q, b_dk, PRECISION)
-        put(p_dk, b_dk, first, length, o_t, o_k, H * K, K)
-        b_scores = tl.where(behind, dot(b_k, tl.trans(b_q), tl.zeros([BT, BT], tl.float32), PRECISION), 0.0)
-        b_dv = dot(b_k, b_d.to(OPERAND), tl.zeros([BT, BV], tl.float32), PRECISION)
-        b_dv = dot(b_scores.to(OPERAND), b_dy, b_dv, PRECISION)
-        put(p_dv, b_dv, first, length, o_t, o_v, H * V, V)
-        b_d = dot(tl.trans(b_q), b_dy, b_d, PRECISION)
-        b_d_turned = dot(tl.trans(b_dy), b_q, b_d_turned, PRECISION)
-    p_dfirst += (i_row * H + i_h) * (K * V)
-    tl.store(p_dfirst + o_state, b_d, mask=m_state & (AFTER != 0))
-
-
-@triton.jit(do_not_specialize=VARYING)
 def sums_kernel(
     p_k, p_v, p_sums, p_rows, p_borders, T, SEGMENT, SEGMENTS, DOCUMENTS, k_b, k_t, k_h, v_b, v_t, v_h,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -247,7 +188,7 @@ TILES = {
     2: {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (64, 64, 4, 2)},
     4: {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 32, 4, 2)},
 }
-BACK = (64, 4, 2)  # of `back`: tokens, warps, stages
+KEEP = 64  # tokens between kept states
 NAMES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -364,39 +305,5 @@ def forward(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, cu_se
             last = after = torch.empty(B, H, K, v.shape[3], dtype=torch.float32, device=q.device)
         if not rows.count * H:
             return v.new_empty(v.shape), last
-        y = walk(q, k, v, v.dtype, before, after, rows, dtype, kept=kept, every=0 if kept is None else BACK[0])
+        y = walk(q, k, v, v.dtype, before, after, rows, dtype, kept=kept, every=0 if kept is None else KEEP)
     return y, last
-
-
-def backward(dy: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None,
-             cu_seqlens: Tensor | None, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> dq, dk, dv in their inputs' types and the gradient of the initial state in float32."""
-    dtype = operand(q, k, v)
-    dy, q, k, v = last_contiguous(dy), last_contiguous(q), last_contiguous(k), last_contiguous(v)
-    B, T, H, K = q.shape
-    V = v.shape[3]
-    rows = Rows(B, T, H * cdiv(V, 64), cu_seqlens)
-    first, behind = (None if x is None else x.float().contiguous() for x in (initial_state, dlast))
-    with torch.cuda.device_of(q):
-        behind, dfirst = states(q, dy, behind, rows, True, dtype)
-        after = None
-        if dfirst is None:
-            dfirst = after = torch.empty(B, H, K, V, dtype=torch.float32, device=q.device)
-        if not rows.count * H:
-            return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dfirst
-        if kept is None:
-            before, _ = states(k, v, first, rows, False, dtype)
-            dq = walk(dy, v, k, q.dtype, before, None, rows, dtype, transposed=True)
-            dv = walk(k, q, dy, v.dtype, behind, after, rows, dtype, reverse=True)
-            dk = walk(v, dy, q, k.dtype, behind, None, rows, dtype, reverse=True, transposed=True)
-            return dq, dk, dv, dfirst
-        dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-        none = nothing(q.device, torch.float32)
-        BT, warps, stages = BACK
-        back_kernel[(rows.count * H,)](
-            q, k, v, dy, dq, dk, dv, none if behind is None else behind, none if after is None else after, kept,
-            *rows.place(q.device), int(behind is not None), int(after is not None), *q.stride()[:3], *k.stride()[:3],
-            *v.stride()[:3], *dy.stride()[:3], H=H, K=K, V=V, BT=BT, BK=max(16, power_of_two(K)),
-            BV=max(16, power_of_two(V)), OPERAND=NAMES[dtype], PRECISION=precision(dtype), num_warps=warps,
-            num_stages=stages)
-    return dq, dk, dv, dfirst

@@ -58,7 +58,7 @@ def linear_attention_backward(dy: Tensor, dlast: Tensor | None, q: Tensor, k: Te
                               initial_state: Tensor | None, cu_seqlens: Tensor | None,
                               kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> dq, dk, dv in their inputs' types, the initial state's gradient in float32."""
-    from zoo.kernels.linear_attention import backward
+    from zoo.kernels.linear_attention_backward import backward
 
     return backward(dy, dlast, q, k, v, initial_state, cu_seqlens, kept if kept.numel() else None)
 
@@ -153,4 +153,4 @@ def error_of_kernels(device: torch.device, dtype: torch.dtype, sizes: tuple[int,
     return float(errors.max()) / allowed if bool(errors.isfinite().all()) else float("inf")
 
 
-kernel = Kernel("linear_attention", error_of_kernels)
+kernel = Kernel("linear_attention", error_of_kernels, sources=("linear_attention_backward",))
