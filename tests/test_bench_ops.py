@@ -303,12 +303,13 @@ def test_rows_of_a_run_take_the_place_of_the_same_rows() -> None:
     assert to_csv([], CPU, before=again) == again
     other = again.replace(",cpu,", ",GPU X,")
     assert to_csv([], CPU, before=again + other.split("\n", 1)[1]).count("\n") == 9  # another device's rows are others
-    read = from_csv(again, CPU)
+    read = from_csv(again, "cpu")
     assert [(each.case, each.impl, each.direction) for each in read] == [
         (each.case, each.impl, each.direction) for each in (
             row("aft_simple", "torch"), row(T=16), row(T=64), row(impl="fla"))]
     assert [each.timing.p50 for each in read] == [0.002, 0.002, 0.004, 0.002]
-    assert from_csv(other, CPU) == []
+    assert from_csv(other, "cpu") == []
+    assert len(from_csv(other, "GPU X")) == 4
     assert to_csv([row()], CPU).splitlines()[1].split(",")[-1] == source_commit()
 
 

@@ -93,7 +93,7 @@ def test_losses_and_gradients_on_a_gpu(N: int, D: int, V: int, reduction: str, z
     check(N, D, V, dtype, reduction, z_loss)
 
 
-@pytest.mark.parametrize(("N", "V"), [(19, 90), (100, 20)])
+@pytest.mark.parametrize(("N", "V"), [(19, 90), (100, 20), (30, 7)])
 def test_extreme_logits_stay_finite(N: int, V: int) -> None:
     """Logits of hundreds: a softmax that is one-hot, right or wrong; and logits known to their last bit, 2^-15."""
     given = inputs(N, 8, V, scale=100.0)
@@ -106,7 +106,7 @@ def test_extreme_logits_stay_finite(N: int, V: int) -> None:
     assert all(relative_error(one, exact) < 2**-15 for one, exact in pairs)
 
 
-@pytest.mark.parametrize(("N", "V"), [(19, 90), (100, 20)])
+@pytest.mark.parametrize(("N", "V"), [(19, 90), (100, 20), (30, 7)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_nothing_to_predict_is_a_loss_of_zero(N: int, V: int, reduction: str) -> None:
     given = inputs(N, 8, V, ignored=2.0)
@@ -121,8 +121,9 @@ def test_nothing_to_predict_is_a_loss_of_zero(N: int, V: int, reduction: str) ->
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dx", [True, False])
-def test_one_gradient_alone(dx: bool, reduction: str) -> None:
-    given = inputs(100, 8, 20)
+@pytest.mark.parametrize("V", [20, 7])
+def test_one_gradient_alone(V: int, dx: bool, reduction: str) -> None:
+    given = inputs(100, 8, V)
     both = [given[name].float().requires_grad_() for name in ("x", "weight")]
     alone = [each.detach().requires_grad_(wanted) for each, wanted in zip(both, (dx, not dx), strict=True)]
     with use_backend("triton"), nan_memory():
@@ -134,10 +135,10 @@ def test_one_gradient_alone(dx: bool, reduction: str) -> None:
             torch.testing.assert_close(one.grad, same.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("V", [20, 90])
+@pytest.mark.parametrize("V", [7, 20, 90])
 def test_strided_inputs(V: int) -> None:
     """Columns of a wider x, a transposed weight, every other target, and one loss's cotangent for all of them."""
-    given = inputs(100 if V == 20 else 20, 8, V)
+    given = inputs(20 if V == 90 else 100, 8, V)
     wide = torch.cat([given["x"]] * 2, 1).float()
     with use_backend("triton"), nan_memory():
         found = []
@@ -154,7 +155,8 @@ def test_strided_inputs(V: int) -> None:
             torch.testing.assert_close(one, same, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("N", "V", "reduction"), [(100, 20, "mean"), (20, 90, "mean"), (20, 90, "none")])
+@pytest.mark.parametrize(("N", "V", "reduction"), [
+    (100, 20, "mean"), (20, 90, "mean"), (20, 90, "none"), (100, 7, "mean"), (100, 7, "none")])
 def test_every_run_is_the_same_to_the_bit(N: int, V: int, reduction: str) -> None:
     given = inputs(N, 8, V)
     x, weight = (given[name].float().requires_grad_() for name in ("x", "weight"))
@@ -165,9 +167,9 @@ def test_every_run_is_the_same_to_the_bit(N: int, V: int, reduction: str) -> Non
         assert torch.equal(one, same)
 
 
-@pytest.mark.parametrize("V", [20, 90])
+@pytest.mark.parametrize("V", [7, 20, 90])
 def test_float32_weight_under_autocast_gets_a_float32_gradient(V: int) -> None:
-    given = inputs(100 if V == 20 else 20, 8, V)
+    given = inputs(20 if V == 90 else 100, 8, V)
     x, weight = (given[name].float().requires_grad_() for name in ("x", "weight"))
     rounded = [each.detach().bfloat16().double().requires_grad_() for each in (x, weight)]
     want = torch.autograd.grad(plain()(*rounded, given["targets"]), rounded)
@@ -178,10 +180,10 @@ def test_float32_weight_under_autocast_gets_a_float32_gradient(V: int) -> None:
     assert not torch.equal(got[1], got[1].bfloat16().float())
 
 
-@pytest.mark.parametrize("V", [20, 90])
+@pytest.mark.parametrize("V", [7, 20, 90])
 def test_small_cotangents_in_float16(V: int) -> None:
     """The mean over many tokens: a probability over their number is below float16's range."""
-    given = inputs(100 if V == 20 else 20, 8, V)
+    given = inputs(20 if V == 90 else 100, 8, V)
     x, weight = (given[name].half().requires_grad_() for name in ("x", "weight"))
     wide = [each.detach().double().requires_grad_() for each in (x, weight)]
     want = torch.autograd.grad(plain("sum")(*wide, given["targets"]), wide[1])[0]
@@ -193,23 +195,30 @@ def test_small_cotangents_in_float16(V: int) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_target_that_is_no_class_shows(reduction: str) -> None:
-    given = inputs(20, 8, 90)
-    given["targets"][3] = 90
+@pytest.mark.parametrize("V", [7, 90])
+def test_a_target_that_is_no_class_shows(V: int, reduction: str) -> None:
+    given = inputs(20, 8, V)
+    given["targets"][3] = V
     with use_backend("triton"):
         loss = linear_cross_entropy(given["x"].float(), given["weight"].float(), given["targets"], reduction=reduction)
     assert loss.isnan().sum() == 1
 
 
-@pytest.mark.parametrize("kind", ["total", "each"])
+@pytest.mark.parametrize("kind", ["total", "each", "small"])
 def test_registration(kind: str) -> None:
-    given = inputs(40, 8, 20)
+    given = inputs(40, 8, 7 if kind == "small" else 20)
     x, weight, targets = given["x"].float().requires_grad_(), given["weight"].float().requires_grad_(), given["targets"]
     if kind == "total":
         torch.library.opcheck(torch.ops.zoo.cross_entropy_total, (x, weight, targets, IGNORED, 0.1))
         loss, dx, dweight = torch.ops.zoo.cross_entropy_total(x, weight, targets, IGNORED, 0.1)
         assert not dx.requires_grad
         torch.library.opcheck(torch.ops.zoo.cross_entropy_total_backward, (loss.detach(), dx, dweight, torch.float32))
+    elif kind == "small":
+        torch.library.opcheck(torch.ops.zoo.cross_entropy_small, (x, weight, targets, IGNORED, 0.1, True))
+        losses, dlogits = torch.ops.zoo.cross_entropy_small(x.detach(), weight.detach(), targets, IGNORED, 0.1, True)
+        for cotangents in (losses, losses[:1].expand(40)):
+            torch.library.opcheck(torch.ops.zoo.cross_entropy_small_backward, (
+                cotangents, x.detach(), weight.detach(), dlogits, True, True))
     else:
         torch.library.opcheck(torch.ops.zoo.cross_entropy, (x, weight, targets, IGNORED, 0.1, True, True))
         losses, lse, dx = torch.ops.zoo.cross_entropy(x.detach(), weight.detach(), targets, IGNORED, 0.1, True, True)
@@ -218,7 +227,8 @@ def test_registration(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("N", "V", "reduction", "autocast"), [
-    (50, 10, "mean", True), (20, 90, "mean", True), (20, 90, "none", False)])
+    (50, 10, "mean", True), (20, 90, "mean", True), (20, 90, "none", False), (50, 7, "mean", True),
+    (50, 7, "none", False)])
 def test_compiled_without_a_break(N: int, V: int, reduction: str, autocast: bool) -> None:
     given = inputs(N, 8, V)
     x, weight = (given[name].float().requires_grad_() for name in ("x", "weight"))
@@ -246,11 +256,11 @@ def test_products_are_counted(N: int, V: int, reduction: str, products: int) -> 
 
 
 def test_a_second_derivative_is_refused() -> None:
-    for N, V in ((100, 20), (20, 90)):
+    for N, V, reduction in ((100, 20, "mean"), (20, 90, "none"), (100, 7, "mean")):
         given = inputs(N, 8, V)
         x, weight = (given[name].float().requires_grad_() for name in ("x", "weight"))
         with use_backend("triton"):
-            loss = linear_cross_entropy(x, weight, given["targets"])
+            loss = linear_cross_entropy(x, weight, given["targets"], reduction=reduction).sum()
         (dx,) = torch.autograd.grad(loss.square(), x, create_graph=True)
         with pytest.raises(RuntimeError):
             dx.sum().backward()

@@ -183,7 +183,7 @@ def bench_ops(
                 print(line)
             sys.stdout.flush()
     if plot is not None:
-        report.plot(report.from_csv(whole, place), plot, f"Ops of the zoo on {device_name(place)}")
+        report.plot(report.from_csv(whole, report.gpu_name(place)), plot, f"Ops of the zoo on {device_name(place)}")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -31,7 +31,7 @@ def to_csv(rows: Sequence[Row], device: torch.device, *, before: str = "", commi
     `before`: such a table, whose rows stay but where one of `rows` is of the same side, shape, direction and GPU.
     `commit`: of the measured code; git's answer if None. Raises ZooError for a table of another kind.
     """
-    same = _gpu(device), torch.__version__, _version("triton"), source_commit() if commit is None else commit
+    same = gpu_name(device), torch.__version__, _version("triton"), source_commit() if commit is None else commit
     lines = {_key(line): line for line in _lines(before)}
     for row in rows:
         case, timing = row.case, row.timing
@@ -46,12 +46,12 @@ def to_csv(rows: Sequence[Row], device: torch.device, *, before: str = "", commi
     return out.getvalue()
 
 
-def from_csv(text: str, device: torch.device) -> list[Row]:
-    """The rows of such a table that were measured on this kind of device; what it does not hold is 0."""
+def from_csv(text: str, gpu: str) -> list[Row]:
+    """The rows of such a table that were measured on a kind of device; what a plot does not show is 0."""
     found = []
     for line in _lines(text):
         cell = dict(zip(COLUMNS, line, strict=True))
-        if cell["gpu"] == _gpu(device):
+        if cell["gpu"] == gpu:
             B, T, H, K, V = _shape_of(cell)
             p50, p20, p80 = (float(cell[f"ms_p{q}"]) / 1e3 for q in (50, 20, 80))
             found.append(Row(Case(cell["op"], B, T, H, K, V, getattr(torch, cell["dtype"])), cell["impl"],
@@ -95,7 +95,8 @@ def _order(line: Sequence[str]) -> Any:
     return cell["gpu"], op, cell["op"], H, K, V, -B * T, T, cell["direction"], rank, cell["impl"]
 
 
-def _gpu(device: torch.device) -> str:
+def gpu_name(device: torch.device) -> str:
+    """What the column `gpu` says."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
