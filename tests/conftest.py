@@ -6,6 +6,7 @@ import importlib.util
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -42,6 +43,14 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def memory_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A GPU's memory does not stay with the process of one test: several processes share the GPU."""
+    yield
+    if torch.cuda.is_available() and request.node.get_closest_marker("gpu"):
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")
