@@ -64,12 +64,11 @@ def cut_into_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "SEGMENT", 32)
 
 
-def two_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 32 tokens, which none of the configurations has now."""
+def chunks_of(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of another size than the configuration's."""
     from zoo.kernels import wkv6_parts as parts
 
-    for direction in ("forward", "backward"):
-        monkeypatch.setitem(parts.CONFIGS, (direction, 64, 2), (32, 64, 4, 2))
+    monkeypatch.setitem(parts.CONFIGS, (64, 2), (size, parts.CONFIGS[64, 2][1]))
 
 
 @interpreted
@@ -97,8 +96,9 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 
 @interpreted
-def test_chunks_of_two_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    two_blocks(monkeypatch)
+@pytest.mark.parametrize("size", [16, 64])
+def test_other_sizes_of_chunks(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks_of(size, monkeypatch)
     check(inputs(70, B=1, H=1), torch.bfloat16)
     check(extreme("all at random", 40), torch.bfloat16)
 
@@ -315,14 +315,15 @@ def test_the_self_test_passes(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-def test_chunks_of_two_blocks_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    two_blocks(monkeypatch)
+@pytest.mark.parametrize("size", [16, 64])
+def test_other_sizes_of_chunks_on_a_gpu(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks_of(size, monkeypatch)
     check(inputs(129, 64, 64), torch.bfloat16)
 
 
 @pytest.mark.gpu
 def test_memory_on_a_gpu() -> None:
-    """In bf16: y, four gradients, and a state for 16 tokens."""
+    """In bf16: y, four gradients, and for 32 tokens a state and its gradient; a bonus' in float32."""
     given = [torch.randn(8, 1024, 8, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)]
     given[3] = -given[3].abs()
     leaves = [x.requires_grad_() for x in (*given, torch.randn(8, 64, device=DEVICE))]
@@ -332,9 +333,9 @@ def test_memory_on_a_gpu() -> None:
             before = torch.cuda.memory_allocated()
             y, _ = wkv6(*leaves)
             torch.autograd.grad(y, leaves, given[0].detach())
-    size, states = 2 * y.numel(), 2 * 8 * 64 * 8 * 64 * 64
+    size, states, bonus = 2 * y.numel(), 2 * 2 * 8 * 32 * 8 * 64 * 64, 4 * 8 * 32 * 8 * 64
     borders = 2 * 4 * 8 * 4 * 8 * 64 * 64
-    assert torch.cuda.max_memory_allocated() - before <= 5 * size + states + borders + 2**22
+    assert torch.cuda.max_memory_allocated() - before <= 5 * size + states + bonus + borders + 2**22
 
 
 def builds() -> None:

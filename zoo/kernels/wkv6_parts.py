@@ -1,7 +1,8 @@
-"""What WKV-6's two walks share: a chunk's decays and pairs, segments of documents, and launches' numbers.
+"""What the kernels of WKV-6 share: a chunk's decays and pairs, the walk over chunks' borders, and launches' numbers.
 
-Where rows and heads are too few for the GPU, documents are cut into segments: `_segments` gives each segment's own
-addition to a state, `_scan` the states at their borders.
+Where rows and heads are too few for the GPU, documents are cut into segments: a first `_walk` gives what each adds to a
+state, `_scan` the states at their borders. How many segments there are, and whether rows hold documents, are run-time
+numbers: one build does for all of them.
 """
 
 from __future__ import annotations
@@ -11,25 +12,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._common import document_chunks, dot, power_of_two, precision
+from zoo.kernels._common import INTERPRETED, LOG2E, document_chunks, dot, power_of_two, precision
 
 NOTHING = tl.constexpr(-104.0)  # exp of less is 0 in float32
 
 
 @triton.jit
-def place(i_row, T, L, n_segments, cu_seqlens, segments, BT: tl.constexpr, VARLEN: tl.constexpr):
-    """Document; row and first token in it; its length; segment; its first slots of chunk states, of segment states."""
+def place(i_row, T, L, pieces, documents, cu_seqlens, table, BT: tl.constexpr):
+    """Document; row and first token in it; length; piece of L tokens; its first slots of chunk and of piece states."""
     i_row = i_row.to(tl.int64)
-    if VARLEN:
-        i_n = tl.load(segments + i_row * 2).to(tl.int64)
-        i_s = tl.load(segments + i_row * 2 + 1).to(tl.int64)
+    if documents > 0:
+        i_n = tl.load(table + i_row * 2).to(tl.int64)
+        i_s = tl.load(table + i_row * 2 + 1).to(tl.int64)
+        i_b = i_row * 0
         bos = tl.load(cu_seqlens + tl.maximum(i_n, 0)).to(tl.int64)
         length = tl.load(cu_seqlens + tl.maximum(i_n, 0) + 1).to(tl.int64) - bos
-        return i_n, i_row * 0, bos, length, i_s, bos // BT + i_n, bos // L + i_n
+        chunk_slot = bos // BT + i_n
+        piece_slot = bos // L + i_n
     else:
-        i_n = i_row // n_segments
+        i_n = i_row // pieces
+        i_s = i_row % pieces
+        i_b = i_n
+        bos = i_row * 0
         length = T + i_row * 0
-        return i_n, i_n, i_row * 0, length, i_row % n_segments, i_n * tl.cdiv(T, BT), i_n * n_segments
+        chunk_slot = i_n * tl.cdiv(T, BT)
+        piece_slot = i_n * pieces
+    return i_n, i_b, bos, length, i_s, chunk_slot, piece_slot
 
 
 @triton.jit
@@ -39,57 +47,58 @@ def rows(x, stride, o_t, o_c, m):
 
 
 @triton.jit
-def decays(w, w_t, o_t, o_k, last, K, BT: tl.constexpr, EXACT: tl.constexpr):
-    """Sums of log sums [BT, K]: each token's own, those before it in the chunk, up to it, after it; all [K].
+def log_decays(w, stride, o_t, o_k, m):
+    own = rows(w, stride, o_t, o_k, m).to(tl.float32)
+    return tl.where(own < NOTHING, NOTHING, own)
 
-    EXACT adds what belongs to a sum and subtracts nothing, as float32 wants it.
+
+@triton.jit
+def sums(chosen, x, acc, OP: tl.constexpr, EXACT: tl.constexpr, SPLIT: tl.constexpr):
+    """acc + chosen [BT, BT] @ x [BT, K]: of every token, a sum over others, by the tensor cores.
+
+    `chosen` holds 0, 1 and halves, which are exact. In bf16, x is cut in two (SPLIT), or is of that type itself.
     """
-    o_r = tl.arange(0, BT)
-    m_k = (o_k < K)[None, :]
-    own = rows(w, w_t, o_t, o_k, (o_t < last)[:, None] & m_k).to(tl.float32)
-    own = tl.where(own < NOTHING, NOTHING, own)
-    total = tl.sum(own, 0)
     if EXACT:
-        left = rows(w, w_t, o_t - 1, o_k, ((o_r > 0) & (o_t <= last))[:, None] & m_k).to(tl.float32)
-        right = rows(w, w_t, o_t + 1, o_k, ((o_r < BT - 1) & (o_t + 1 < last))[:, None] & m_k).to(tl.float32)
-        before = tl.cumsum(tl.where(left < NOTHING, NOTHING, left), 0)
-        after = tl.cumsum(tl.where(right < NOTHING, NOTHING, right), 0, reverse=True)
-        upto = before + own
+        return tl.dot(chosen, x, acc, input_precision="ieee")
+    elif x.dtype == OP:
+        return dot(chosen, x, acc, "tf32x3")
     else:
-        upto = tl.cumsum(own, 0)
-        before = upto - own
-        after = total[None, :] - upto
-    return own, before, upto, after, total
+        high = x.to(OP)
+        acc = dot(chosen.to(OP), high, acc, "tf32")
+        if SPLIT:
+            acc = dot(chosen.to(OP), (x - high.to(tl.float32)).to(OP), acc, "tf32")
+        return acc
 
 
 @triton.jit
-def references(own, before, upto, total, BT: tl.constexpr):
-    """Half of the block's sum, from the chunk's start on; decay from or to the border of the blocks; worst block."""
-    if BT == 16:
-        return (total * 0.5)[None, :] + tl.zeros_like(own), own, tl.max(-total, 0)
+def exp(x):
+    """e^x by one instruction; less than 2^-126 is 0, where tl.exp spends three more on it."""
+    if INTERPRETED:
+        return tl.exp(x)
     else:
-        second = (tl.arange(0, BT) >= 16)[:, None]
-        first = tl.sum(tl.where(second, 0.0, own), 0)
-        middle = tl.where(second, ((first + total) * 0.5)[None, :], (first * 0.5)[None, :])
-        border = tl.exp(tl.minimum(tl.where(second, before - first[None, :], first[None, :] - upto), 0.0))
-        return middle, border, tl.max(tl.maximum(-first, first - total), 0)
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * LOG2E], dtype=tl.float32,
+                                         is_pure=True, pack=1)
 
 
 @triton.jit
-def steep_scores(r, k_p, w_p, k_t, w_t, o_t, o_k, last, K, BT: tl.constexpr):
+def steep_scores(r, k_p, w_p, k_t, w_t, o_t, o_k, last, K, BT: tl.constexpr, TRANSPOSED: tl.constexpr):
     """A [BT, BT] of pairs s < t of a block, by a loop over s down the block: exponents sum what lies between."""
     o_r = tl.arange(0, BT)
     o_i = o_r % 16
     scores = tl.zeros([BT, BT], tl.float32)
     between = tl.zeros_like(r)
-    for n in range(16):
-        s = 15 - n
+    count = tl.minimum(last - tl.min(o_t, 0), 16)
+    for n in range(0, count):
+        s = count - 1 - n
         m_s = ((o_t - o_i + s) < last)[:, None] & (o_k < K)[None, :]
         later = (o_i > s)[:, None]
         b_k = rows(k_p, k_t, o_t - o_i + s, o_k, m_s).to(tl.float32)
         b_w = rows(w_p, w_t, o_t - o_i + s, o_k, m_s).to(tl.float32)
-        column = tl.sum(tl.where(later, r * b_k * tl.exp(between), 0.0), 1)
-        scores += tl.where(o_r[None, :] == (o_r - o_i + s)[:, None], column[:, None], 0.0)
+        found = tl.sum(tl.where(later, r * b_k * exp(between), 0.0), 1)
+        if TRANSPOSED:
+            scores += tl.where(o_r[:, None] == (o_r - o_i + s)[None, :], found[None, :], 0.0)
+        else:
+            scores += tl.where(o_r[None, :] == (o_r - o_i + s)[:, None], found[:, None], 0.0)
         between += tl.where(later, tl.where(b_w < NOTHING, NOTHING, b_w), 0.0)
     return scores
 
@@ -105,27 +114,32 @@ def steep_products(weights, x_p, w_p, x_t, w_t, o_t, o_k, last, K, BT: tl.conste
     o_i = o_r % 16
     between = tl.zeros([BT, BK], tl.float32)
     found = tl.zeros([BT, BK], tl.float32)
-    for n in range(16):
-        s = 15 - n if LATER else n
+    count = tl.minimum(last - tl.min(o_t, 0), 16)
+    for n in range(0, count):
+        s = count - 1 - n if LATER else n
         m_s = ((o_t - o_i + s) < last)[:, None] & (o_k < K)[None, :]
         paired = ((o_i > s) if LATER else (o_i < s))[:, None]
         b_x = rows(x_p, x_t, o_t - o_i + s, o_k, m_s).to(tl.float32)
         b_w = rows(w_p, w_t, o_t - o_i + s, o_k, m_s).to(tl.float32)
         weight = tl.sum(tl.where(o_r[None, :] == (o_r - o_i + s)[:, None], weights, 0.0), 1)
-        found += tl.where(paired, weight[:, None] * b_x * tl.exp(between), 0.0)
+        found += tl.where(paired, weight[:, None] * b_x * exp(between), 0.0)
         between += tl.where(paired, tl.where(b_w < NOTHING, NOTHING, b_w), 0.0)
     return found
 
 
-@triton.jit(do_not_specialize=["T", "L", "n_segments"])
-def _segments(a, b, w, ends, sums, cu_seqlens, segments, T, L, n_segments, H, K, V,
-              a_b, a_t, a_h, b_b, b_t, b_h, w_b, w_t, w_h,
-              BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
-              EXACT: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr):
-    """What a segment adds to a state, [V, K]: sum_s b_s^T (a_s e^...), a, b = k, v to its end; r, dy from its start."""
+@triton.jit(do_not_specialize=["T", "L", "pieces", "documents"])
+def _walk(a, b, w, initial, borders, sums_, final, states, cu_seqlens, table, T, L, pieces, documents, H, K, V,
+          a_b, a_t, a_h, b_b, b_t, b_h, w_b, w_t, w_h,
+          BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
+          EXACT: tl.constexpr, REVERSE: tl.constexpr, KEEP: tl.constexpr):
+    """States [V, K] at the borders of a segment's chunks, adding b_s^T (a_s e^...): k, v to the chunk's end.
+
+    REVERSE: gradients, of r, dy from the chunk's start. KEEP: into `states` before every chunk (REVERSE: after it), and
+    the last one into `final` [K, V]; else from zero, and what was added goes to `borders`, the decay to `sums_`.
+    """
     i_h = tl.program_id(0) % H
-    i_n, i_b, bos, length, i_s, _slot, first_segment = place(
-        tl.program_id(0) // H, T, L, n_segments, cu_seqlens, segments, BT, VARLEN)
+    i_n, i_b, bos, length, i_s, slot, first_piece = place(
+        tl.program_id(0) // H, T, L, pieces, documents, cu_seqlens, table, BT)
     if i_n < 0:
         return
     first = i_s * L
@@ -135,38 +149,58 @@ def _segments(a, b, w, ends, sums, cu_seqlens, segments, T, L, n_segments, H, K,
     o_v = tl.program_id(1) * BV + tl.arange(0, BV)
     m_k = o_k < K
     m_v = o_v < V
+    m_state = m_v[:, None] & m_k[None, :]
+    o_state = o_v[:, None] * K + o_k[None, :]
+    o_given = o_k[None, :] * V + o_v[:, None]
     a += i_b * a_b + bos * a_t + i_h * a_h
     b += i_b * b_b + bos * b_t + i_h * b_h
     w += i_b * w_b + bos * w_t + i_h * w_h
+    states += (slot * H + i_h) * K * V + o_state
+    p_border = borders + ((first_piece + i_s) * H + i_h) * K * V + o_state
+    inside = o_r[None, :] < o_r[:, None] if REVERSE else o_r[None, :] > o_r[:, None]
+
     b_state = tl.zeros([BV, BK], tl.float32)
+    if KEEP:
+        if pieces > 1:
+            b_state = tl.load(p_border, mask=m_state, other=0.0)
+        elif initial is not None:
+            b_state = tl.load(initial + (i_n * H + i_h) * K * V + o_given, mask=m_state, other=0.0).to(tl.float32)
     decay = tl.zeros([BK], tl.float32)
     chunks = tl.cdiv(last - first, BT)
     for n in range(0, chunks):
-        o_t = first + (chunks - 1 - n if REVERSE else n) * BT + o_r
-        b_a = rows(a, a_t, o_t, o_k, (o_t < last)[:, None] & m_k[None, :]).to(tl.float32)
+        i_c = first // BT + (chunks - 1 - n if REVERSE else n)
+        o_t = i_c * BT + o_r
+        m_tk = (o_t < last)[:, None] & m_k[None, :]
+        b_a = rows(a, a_t, o_t, o_k, m_tk).to(tl.float32)
         b_b_ = rows(b, b_t, o_t, o_v, (o_t < last)[:, None] & m_v[None, :]).to(OP)
-        _own, before, _upto, after, total = decays(w, w_t, o_t, o_k, last, K, BT, EXACT)
-        b_a *= tl.exp(before if REVERSE else after)
+        own = log_decays(w, w_t, o_t, o_k, m_tk)
+        if KEEP:
+            tl.store(states + i_c * H * K * V, b_state.to(OP), mask=m_state)
+        b_a *= exp(sums(tl.where(inside, 1.0, 0.0), own, tl.zeros([BT, BK], tl.float32), OP, EXACT,
+                           w.dtype.element_ty != OP))
+        total = tl.sum(own, 0)
         b_state = dot(tl.trans(b_b_), b_a.to(OP), b_state * tl.exp(total)[None, :], PRECISION)
         decay += total
-    slot = (first_segment + i_s) * H + i_h
-    tl.store(ends + slot * K * V + o_v[:, None] * K + o_k[None, :], b_state, mask=m_v[:, None] & m_k[None, :])
-    tl.store(sums + slot * K + o_k, decay, mask=m_k & (tl.program_id(1) == 0))
+    if KEEP:
+        if first == 0 if REVERSE else last == length:
+            tl.store(final + (i_n * H + i_h) * K * V + o_given, b_state, mask=m_state)
+    else:
+        tl.store(p_border, b_state, mask=m_state)
+        tl.store(sums_ + ((first_piece + i_s) * H + i_h) * K + o_k, decay, mask=m_k & (tl.program_id(1) == 0))
 
 
-@triton.jit(do_not_specialize=["T", "L", "n_segments"])
-def _scan(ends, sums, initial, cu_seqlens, T, L, n_segments, H, K, V,
-          BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr):
+@triton.jit(do_not_specialize=["L", "pieces", "documents"])
+def _scan(borders, sums_, initial, cu_seqlens, L, pieces, documents, H, K, V,
+          BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr):
     """Additions of a document's segments become, in their place, the states before them (REVERSE: after them)."""
     i_n = (tl.program_id(0) // H).to(tl.int64)
     i_h = tl.program_id(0) % H
-    if VARLEN:
+    count = pieces + i_n * 0
+    first_piece = i_n * pieces
+    if documents > 0:
         bos = tl.load(cu_seqlens + i_n).to(tl.int64)
-        count = tl.cdiv(tl.load(cu_seqlens + i_n + 1).to(tl.int64) - bos, L)
-        first_segment = bos // L + i_n
-    else:
-        count = n_segments + i_n * 0
-        first_segment = i_n * n_segments
+        count = tl.cdiv(tl.load(cu_seqlens + i_n + 1).to(tl.int64) - bos, L.to(tl.int64))
+        first_piece = bos // L + i_n
     o_k = tl.arange(0, BK)
     o_v = tl.program_id(1) * BV + tl.arange(0, BV)
     m = (o_v < V)[:, None] & (o_k < K)[None, :]
@@ -175,32 +209,37 @@ def _scan(ends, sums, initial, cu_seqlens, T, L, n_segments, H, K, V,
         b_state = tl.load(initial + (i_n * H + i_h) * K * V + o_k[None, :] * V + o_v[:, None], mask=m, other=0.0)
         b_state = b_state.to(tl.float32)
     for n in range(0, count):
-        slot = (first_segment + (count - 1 - n if REVERSE else n)) * H + i_h
-        p_ends = ends + slot * K * V + o_v[:, None] * K + o_k[None, :]
-        added = tl.load(p_ends, mask=m, other=0.0)
-        decay = tl.exp(tl.load(sums + slot * K + o_k, mask=o_k < K, other=0.0))
-        tl.store(p_ends, b_state, mask=m)
+        slot = (first_piece + (count - 1 - n if REVERSE else n)) * H + i_h
+        p_border = borders + slot * K * V + o_v[:, None] * K + o_k[None, :]
+        added = tl.load(p_border, mask=m, other=0.0)
+        decay = tl.exp(tl.load(sums_ + slot * K + o_k, mask=o_k < K, other=0.0))
+        tl.store(p_border, b_state, mask=m)
         b_state = b_state * decay[None, :] + added
 
 
-CONFIGS = {  # (direction, class of K, bytes of an operand): BT, most BV, warps, stages
-    # 64, 2: measured on an H200, torch 2.11, Triton 3.6, 2026-11-24; the others chosen to fit
-    ("forward", 64, 2): (16, 64, 4, 3), ("backward", 64, 2): (16, 64, 4, 3), ("segments", 64, 2): (32, 64, 4, 3),
-    ("forward", 128, 2): (16, 64, 4, 2), ("backward", 128, 2): (16, 64, 8, 2), ("segments", 128, 2): (32, 64, 4, 2),
-    ("forward", 256, 2): (16, 32, 8, 1), ("backward", 256, 2): (16, 32, 8, 1), ("segments", 256, 2): (16, 32, 8, 1),
-    ("forward", 64, 4): (16, 64, 4, 2), ("backward", 64, 4): (16, 64, 4, 2), ("segments", 64, 4): (16, 64, 4, 2),
-    ("forward", 128, 4): (16, 32, 4, 1), ("backward", 128, 4): (16, 32, 8, 1), ("segments", 128, 4): (16, 32, 4, 1),
-    ("forward", 256, 4): (16, 16, 8, 1), ("backward", 256, 4): (16, 16, 8, 1), ("segments", 256, 4): (16, 16, 8, 1),
+CONFIGS = {  # (class of K, bytes of an operand): tokens of a chunk; then of each kernel: most BV, warps, stages
+    (64, 2): (32, {"walk": (64, 4, 3), "outputs": (64, 4, 1), "gradients": (64, 4, 1)}),
+    (128, 2): (32, {"walk": (64, 4, 2), "outputs": (64, 4, 1), "gradients": (64, 8, 1)}),
+    (256, 2): (32, {"walk": (32, 8, 2), "outputs": (64, 8, 1), "gradients": (32, 8, 1)}),
+    (64, 4): (16, {"walk": (64, 4, 2), "outputs": (64, 4, 1), "gradients": (64, 4, 1)}),
+    (128, 4): (16, {"walk": (32, 4, 2), "outputs": (32, 4, 1), "gradients": (32, 8, 1)}),
+    (256, 4): (16, {"walk": (16, 8, 1), "outputs": (16, 8, 1), "gradients": (16, 8, 1)}),
 }
 PROGRAMS = 2  # for each multiprocessor, before documents are left in one piece
 SEGMENT = 256  # tokens at least, where they are cut
 
 
-def numbers(direction: str, r: Tensor, v: Tensor, op: torch.dtype) -> dict:
+def chunk_size(r: Tensor, op: torch.dtype) -> int:
+    """Tokens of a chunk, at whose borders states are kept."""
+    return CONFIGS[max(64, power_of_two(r.shape[-1])), op.itemsize][0]
+
+
+def numbers(kernel: str, r: Tensor, v: Tensor, op: torch.dtype) -> dict:
     """The compile-time numbers and options of a launch."""
     K, V = r.shape[-1], v.shape[-1]
     BK = max(16, power_of_two(K))
-    BT, BV, warps, stages = CONFIGS[direction, max(64, BK), op.itemsize]
+    BT, kernels = CONFIGS[max(64, BK), op.itemsize]
+    BV, warps, stages = kernels[kernel]
     names = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
     return {"BT": BT, "BK": BK, "BV": max(16, min(BV, power_of_two(V))), "OP": names[op], "num_warps": warps,
             "num_stages": stages}
@@ -218,42 +257,55 @@ def operands(*tensors: Tensor) -> tuple[torch.dtype, dict]:
     return op, {"PRECISION": precision(wide), "EXACT": exact, "LIMIT": 16.0 if exact else 60.0}
 
 
-def chunk_slots(r: Tensor, v: Tensor, op: torch.dtype, cu_seqlens: Tensor | None) -> int:
+def chunk_slots(r: Tensor, op: torch.dtype, cu_seqlens: Tensor | None) -> int:
     """Chunk states that the forward pass keeps a head, of which those of documents in a row leave some unused."""
-    BT = numbers("forward", r, v, op)["BT"]
+    BT = chunk_size(r, op)
     B, T = r.shape[:2]
     return B * -(-T // BT) if cu_seqlens is None else T // BT + len(cu_seqlens) - 1
 
 
-class Cut:
-    """How documents are cut into segments: a table of programs' documents and segments, or a regular grid."""
+class Pieces:
+    """Rows, or documents in a row, in pieces of `length` tokens: what `place` needs to find them."""
 
-    def __init__(self, r: Tensor, value_blocks: int, cu_seqlens: Tensor | None):
-        B, T, H, _ = r.shape
-        wanted = PROGRAMS * (torch.cuda.get_device_properties(r.device).multi_processor_count if r.is_cuda else 4)
-        smallest = SEGMENT if r.is_cuda else 32
-        pieces = max(1, min(wanted // (B * H * value_blocks), T // smallest))
-        self.length = max(1, -(-T // (32 * pieces))) * 32
-        self.per_row = -(-T // self.length)
-        self.documents = B if cu_seqlens is None else len(cu_seqlens) - 1
-        self.table = None if cu_seqlens is None else document_chunks(cu_seqlens, T, self.length)
-        self.rows = B * self.per_row if self.table is None else len(self.table)
-        self.several = self.per_row > 1
+    def __init__(self, r: Tensor, cu_seqlens: Tensor | None, length: int):
+        B, T = r.shape[:2]
+        self.per_row = -(-T // length)
+        self.documents = 0 if cu_seqlens is None else len(cu_seqlens) - 1
+        if cu_seqlens is None:
+            self.cu_seqlens = self.table = torch.empty(2, dtype=torch.int32, device=r.device)  # never read
+            self.rows = self.slots = B * self.per_row
+        else:
+            self.cu_seqlens, self.table = cu_seqlens.int(), document_chunks(cu_seqlens, T, length)
+            self.rows = self.slots = len(self.table)
+        self.numbers = self.cu_seqlens, self.table, T, length, self.per_row, self.documents
 
-    def borders(self, a: Tensor, b: Tensor, w: Tensor, r: Tensor, v: Tensor, initial: Tensor | None,
-                cu_seqlens: Tensor | None, op: torch.dtype, how: dict, reverse: bool) -> Tensor:
-        """States before the segments, or their gradients after them, [slots, H, V, K]."""
-        T, H, K, V = *r.shape[1:], v.shape[-1]
-        slots = self.documents * self.per_row if self.table is None else len(self.table)
-        ends, sums = (torch.empty(slots, H, *rest, dtype=torch.float32, device=r.device) for rest in ((V, K), (K,)))
-        launch = numbers("segments", r, v, op)
-        blocks = triton.cdiv(V, launch["BV"])
-        grid = T, self.length, self.per_row, H, K, V
-        limits = {key: how[key] for key in ("PRECISION", "EXACT")}
-        varlen = self.table is not None
-        _segments[self.rows * H, blocks](a, b, w, ends, sums, cu_seqlens, self.table, *grid, *a.stride()[:3],
-                                         *b.stride()[:3], *w.stride()[:3], **launch, **limits, REVERSE=reverse,
-                                         VARLEN=varlen)
-        _scan[self.documents * H, triton.cdiv(V, 16)](ends, sums, initial, cu_seqlens, *grid, BK=launch["BK"], BV=16,
-                                                      REVERSE=reverse, VARLEN=varlen)
-        return ends
+
+def segments(r: Tensor, value_blocks: int, cu_seqlens: Tensor | None, BT: int) -> Pieces:
+    """As many segments as keep the GPU busy, of whole chunks."""
+    B, T, H, _ = r.shape
+    wanted = PROGRAMS * (torch.cuda.get_device_properties(r.device).multi_processor_count if r.is_cuda else 4)
+    pieces = max(1, min(wanted // (B * H * value_blocks), T // (SEGMENT if r.is_cuda else 32)))
+    return Pieces(r, cu_seqlens, max(1, -(-T // (BT * pieces))) * BT)
+
+
+def walk(a: Tensor, b: Tensor, w: Tensor, initial: Tensor | None, final: Tensor, slots: int,
+         cu_seqlens: Tensor | None, op: torch.dtype, how: dict, reverse: bool) -> Tensor:
+    """States before the chunks, or their gradients after them, [slots, H, V, K]; the last one into `final`."""
+    H, K, V = *a.shape[2:], b.shape[-1]
+    launch = numbers("walk", a, b, op)
+    launch |= {key: how[key] for key in ("PRECISION", "EXACT")} | {"REVERSE": reverse}
+    blocks = triton.cdiv(V, launch["BV"])
+    cut = segments(a, blocks, cu_seqlens, launch["BT"])
+    rest = *cut.numbers, H, K, V, *a.stride()[:3], *b.stride()[:3], *w.stride()[:3]
+    new = torch.empty if cu_seqlens is None else torch.zeros  # some slots may stay unused, an output has no garbage
+    states = new(slots, H, V, K, dtype=op, device=a.device)
+    borders, decay = final, final
+    if cut.per_row > 1:
+        borders, decay = (torch.empty(cut.slots, H, *size, dtype=torch.float32, device=a.device) for size in
+                          ((V, K), (K,)))
+        _walk[cut.rows * H, blocks](a, b, w, None, borders, decay, final, states, *rest, **launch, KEEP=False)
+        _scan[len(final) * H, triton.cdiv(V, 16)](
+            borders, decay, initial, cut.cu_seqlens, *cut.numbers[3:], H, K, V, BK=launch["BK"], BV=16,
+            REVERSE=reverse)
+    _walk[cut.rows * H, blocks](a, b, w, initial, borders, decay, final, states, *rest, **launch, KEEP=True)
+    return states

@@ -61,10 +61,10 @@ def _(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, state: Tens
 
     op, _ = wkv6.operands(r, k, v)
     documents = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    shape = *r.shape[2:], v.shape[-1]
-    slots = wkv6.chunk_slots(r, v, op, cu_seqlens) if keep else 0
-    return (r.new_empty(*r.shape[:3], v.shape[-1]), r.new_empty(documents, *shape, dtype=torch.float32),
-            r.new_empty(slots, *shape, dtype=op))
+    H, K, V = *r.shape[2:], v.shape[-1]
+    slots = wkv6.chunk_slots(r, op, cu_seqlens) if keep else 0
+    return (r.new_empty(*r.shape[:3], V), r.new_empty(documents, H, K, V, dtype=torch.float32),
+            r.new_empty(slots, H, V, K, dtype=op))
 
 
 @torch.library.custom_op("zoo::wkv6_backward", mutates_args=())
@@ -84,7 +84,7 @@ def _(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, states: Ten
       dfinal: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     documents = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dr, dk, dv, dw, du = (x.new_empty(x.shape) for x in (r, k, v, log_decay, u))
-    return dr, dk, dv, dw, du, r.new_empty(documents, *states.shape[1:], dtype=torch.float32)
+    return dr, dk, dv, dw, du, r.new_empty(documents, *r.shape[2:], v.shape[-1], dtype=torch.float32)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
