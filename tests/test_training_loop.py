@@ -269,7 +269,8 @@ def test_nothing_opens_a_socket(corpus: Path, tmp_path: Path, monkeypatch: pytes
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
 
 
-def test_wandb_offline(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_offline(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                       capfd: pytest.CaptureFixture[str]) -> None:
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
     import wandb
@@ -278,11 +279,23 @@ def test_wandb_offline(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         train(config(corpus, tmp_path / "run", steps=steps, resume=resume, sample_tokens=0, logger__name="wandb",
                      schedule={"name": "wsd"}))
         assert wandb.run is None  # finished: a sweep's next job gets its own
+        assert "WANDB_MODE" not in os.environ  # nor does the next one inherit how this one was logged
+    assert capfd.readouterr().err == ""
     about = json.loads((tmp_path / "run" / "run.json").read_text())
     kept = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert kept
     assert all(about["id"] in path.name for path in kept)  # runs of one second get a suffix
     assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.csv")] == ["1", "2", "3", "4"]
+
+
+def test_wandb_online_without_a_login_is_one_line(corpus: Path, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises(ZooError, match=r"wandb: .*; allowed without it: logger\.mode=offline") as caught:
+        train(config(corpus, tmp_path / "run", steps=1, logger__name="wandb", logger__mode="online"))
+    assert "\n" not in str(caught.value)
+    assert not checkpoint.list_steps(tmp_path / "run" / "checkpoints")
 
 
 def test_profile_writes_a_table(corpus: Path, tmp_path: Path) -> None:
@@ -333,6 +346,18 @@ def test_a_gradient_that_is_not_finite_names_the_parameter(corpus: Path, tmp_pat
     monkeypatch.setattr(LanguageModel, "loss", poison)
     with pytest.raises(ZooError, match=r"step 1: .*the gradient of blocks\.0\.channel_mixer\.down\.weight"):
         train(config(corpus, tmp_path / "run", log_every=5))
+
+
+@pytest.mark.parametrize("error", [MemoryError("Unable to allocate"), torch.OutOfMemoryError("CUDA out of memory.\nT")])
+def test_too_little_memory_is_one_line(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                       error: Exception) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(LanguageModel, "loss", fail)
+    with pytest.raises(ZooError, match=r"too little memory .*allowed: a smaller trainer\.micro_batch .*128") as caught:
+        train(config(corpus, tmp_path / "run"))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_full_disk_stops_the_run_in_one_line(corpus: Path, tmp_path: Path) -> None:

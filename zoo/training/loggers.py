@@ -86,18 +86,20 @@ def make_loggers(chosen: Logging, out: Path, first_step: int, run_id: str, confi
     elif chosen.name == "wandb":
         import wandb  # seconds, for those who asked for it
 
-        offline = chosen.mode == "offline"
-        logger = WandbLogger(
-            project=chosen.project, entity=chosen.entity, name=out.name, save_dir=out, id=run_id, offline=offline,
-            # An offline run cannot resume; `wandb sync` joins its parts by their id.
-            resume=None if offline else "allow", config=config,
-            settings=wandb.Settings(silent=True, console="off"))
         try:
-            _ = logger.experiment  # begins the run: no login, or no network, is told here
-        except wandb.errors.Error as error:
+            # Begun here and not by Lightning, which would set WANDB_MODE for the rest of the process: a later job that
+            # asks for online would stay offline without a word.
+            begun = wandb.init(
+                project=chosen.project, entity=chosen.entity, name=out.name, dir=out, id=run_id, mode=chosen.mode,
+                # An offline run cannot resume; `wandb sync` joins its parts by their id.
+                resume=None if chosen.mode == "offline" else "allow", config=config,
+                settings=wandb.Settings(silent=True, console="off"))
+        except wandb.errors.Error as error:  # no login, or no network
             reason = " ".join(str(error).split())
             raise ZooError(f"wandb: {reason}; allowed without it: logger.mode=offline") from None
-        loggers.append(logger)
+        begun.define_metric("trainer/global_step")  # which Lightning logs beside each row
+        begun.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+        loggers.append(WandbLogger(save_dir=out, experiment=begun))
     return loggers
 
 

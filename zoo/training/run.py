@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 
@@ -85,6 +86,9 @@ def _fit(run: Config, out: Path, place: Place, data: TokenData, batches: TokenDa
         atexit.register(_leave_group)
     try:
         trainer.fit(module, datamodule=batches, ckpt_path=start, weights_only=True)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ZooError(f"too little memory on {device_name(place.device)}: {str(error).splitlines()[0]}; allowed: a "
+                       f"smaller trainer.micro_batch than {batches.rows_at_once * run.seq_len} tokens") from None
     finally:
         reporter.stop()
         if place.rank == 0:
