@@ -11,6 +11,7 @@ from types import ModuleType
 import hydra
 import pytest
 from training_runs import ROOT, words, write_corpus
+from training_runs import command as start
 
 import zoo
 from zoo.training.loggers import read_rows
@@ -71,6 +72,21 @@ def test_launchers_can_be_chosen(launcher: str) -> None:
         composed = hydra.compose("train", ["model=transformer", f"hydra/launcher={launcher}"], return_hydra_config=True)
     assert launcher.partition("_")[0] in composed.hydra.launcher._target_
     assert composed.hydra.output_subdir is None
+
+
+def test_jobs_run_side_by_side_with_joblib(corpus: Path, tmp_path: Path) -> None:
+    """In worker processes, where nothing of this one's state is known; and a job that fails there is heard of here."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="the extra `sweep` brings it")
+    base = [word for word in words(corpus, None, steps=1, sample_tokens=0) if not word.startswith("dropout=")]
+    process = start("-m", *base, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "dropout=0.0,0.1,1.5",
+                      cwd=tmp_path)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 2, err
+    assert err.count("\n") == err.count("error: ") == 2, err
+    assert err.endswith("error: dropout=1.5 is not in [0, 1)\n")
+    folders = [path.parent for path in tmp_path.glob("runs/sweep/*/config.json")]
+    assert sorted(json.loads((folder / "config.json").read_text())["dropout"] for folder in folders) == [0.0, 0.1]
+    assert all(zoo.load_pretrained(folder).card["step"] == 1 for folder in folders)
 
 
 def test_warnings_get_through_hydras_logging(command: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
