@@ -30,7 +30,7 @@ def load_data(config: Mapping[str, Any], progress: Progress | None = None,
     saved model does. What they name wrongly, or a text that cannot be used, is a ZooError.
     """
     data = dict(config["data"])
-    cache = cache_folder(text_or_none("data.cache", data.pop("cache", None)))
+    cache = cache_folder(data.pop("cache", None))
     source = make_source(data, cache)
     if tokenizer is None:
         tokenizer = make_tokenizer(config["tokenizer"], source, cache, progress)
@@ -39,6 +39,7 @@ def load_data(config: Mapping[str, Any], progress: Progress | None = None,
 
 def cache_folder(cache: str | None) -> Path:
     """Where prepared corpora are kept: ~/.cache/zoo unless data.cache names another folder."""
+    check_text("data.cache", cache)
     return Path(cache).expanduser() if cache is not None else Path.home() / ".cache" / "zoo"
 
 
@@ -51,17 +52,16 @@ def make_source(options: Mapping[str, Any], cache: Path) -> Source:
     for name, value in arguments.items():
         choose(f"option of data={options['name']}", name, [*allowed, "cache"])
         if name in allowed and parameters[name].annotation in (str, str | None):
-            text_or_none(f"data.{name}", value)
+            check_text(f"data.{name}", value)
     if "cache" in parameters:
         arguments["cache"] = cache
     return build(**arguments)
 
 
-def text_or_none(option: str, value: Any) -> Any:
-    """`value`, which has to be text or None: a command line's 2024 is a number, and no path."""
-    if value is None or isinstance(value, str):
-        return value
-    raise ZooError(f"{option}={value!r} is not text; allowed: text, a number as ./2024 or in quotes of its own")
+def check_text(option: str, value: object) -> None:
+    """Raise ZooError for what is neither text nor None: the 2024 of a command line is a number, and no path."""
+    if not isinstance(value, str | None):
+        raise ZooError(f"{option}={value!r} is not text; allowed: text, a number as ./2024 or in quotes of its own")
 
 
 def make_tokenizer(options: Mapping[str, Any], source: Source, cache: Path,
@@ -76,7 +76,8 @@ def make_tokenizer(options: Mapping[str, Any], source: Source, cache: Path,
 
 def _bpe(source: Source, cache: Path, progress: Progress | None, vocab_size: int = 8192,
          train_bytes: int = 100_000_000, path: str | None = None) -> BPETokenizer:
-    if text_or_none("tokenizer.path", path) is not None:
+    check_text("tokenizer.path", path)
+    if path is not None:
         file = Path(path).expanduser()
         file = file / BPETokenizer.file if file.is_dir() else file
         try:
