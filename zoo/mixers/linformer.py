@@ -203,10 +203,11 @@ class PrefixMemory(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         B, T = q.shape[:2]
         if cu_seqlens is None:
-            E, F = (projection[:, :, :T].permute(2, 0, 1).expand(B, -1, -1, -1) for projection in (self.E, self.F))
+            E, F = (projection[:, :, :T].permute(2, 0, 1).contiguous().expand(B, -1, -1, -1)  # one copy for all rows
+                    for projection in (self.E, self.F))
         else:
             positions = token_positions(q, cu_seqlens)
-            E, F = (projection.permute(2, 0, 1)[positions].unsqueeze(0) for projection in (self.E, self.F))
+            E, F = (projection.permute(2, 0, 1).contiguous()[positions].unsqueeze(0) for projection in (self.E, self.F))
         return self.attend(q, k, v, E, F, cu_seqlens=cu_seqlens)[0]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, E: Tensor, F: Tensor, k_state: Tensor | None = None,
