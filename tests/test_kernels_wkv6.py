@@ -168,7 +168,7 @@ def test_infinite_decay_forgets_all(dtype: torch.dtype) -> None:
 
 
 def test_strided_inputs_and_expanded_gradients() -> None:
-    """Splits of one projection at an offset; WKV-5: one decay for all tokens, an expanded tensor."""
+    """Splits of one projection at an offset; RWKV-5: one decay for all tokens."""
     fused = torch.randn(2, 20, 2 * 3 * 16 + 5, device=DEVICE)[..., 5:].requires_grad_()
     static = torch.rand(2, 16, device=DEVICE).requires_grad_()
     u = torch.randn(2, 16, device=DEVICE)
@@ -176,7 +176,7 @@ def test_strided_inputs_and_expanded_gradients() -> None:
     for backend in ("triton", "eager"):
         with use_backend(backend):
             r, k, v = (x.unflatten(-1, (2, 16)) for x in fused.chunk(3, dim=-1))
-            y, _ = wkv6(r, k, v, (-static).expand(2, 20, 2, 16), u)
+            y, _ = wkv6(r, k, v, -static, u)
             results.append(torch.autograd.grad(y.sum(), (fused, static)))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)

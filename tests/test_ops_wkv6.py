@@ -174,6 +174,22 @@ def test_any_split_equals_the_whole(sizes: tuple[int, ...]) -> None:
     torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("T", [1, 40])
+def test_one_decay_for_all_tokens_is_rwkv_5s(T: int) -> None:
+    """[H, K]: by the definition with that decay at every token, its gradient the sum over all of them."""
+    r, k, v, log_decay, u, state = draw(T)
+
+    def repeated(r: Tensor, k: Tensor, v: Tensor, static: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return by_definition(r, k, v, static.expand(r.shape), u, state)
+
+    given = [r, k, v, log_decay[0, 0], u, state]
+    got = values_and_gradients(wkv6, given, torch.float32)
+    exact = values_and_gradients(repeated, given, torch.float64)
+    assert got["dlog_decay"].shape == (2, 16)
+    for name in NAMES:
+        assert (got[name] - exact[name]).abs().max() < 2e-6 * exact[name].abs().max().clamp_min(1e-30), name
+
+
 def test_no_state_is_a_zero_state() -> None:
     *inputs, state = draw(20)
     for a, b in zip(wkv6(*inputs), wkv6(*inputs, torch.zeros_like(state)), strict=True):

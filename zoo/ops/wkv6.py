@@ -33,13 +33,15 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, initial_
          cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """r, k, log_decay [B, T, H, K], v [B, T, H, V], u [H, K], state [B, H, K, V] -> (y [B, T, H, V], final state).
 
-    log_decay must be <= 0; no state means zeros. Computes in float32 (float64 if given that), the type of the final
+    log_decay must be <= 0; [H, K] is one for all tokens: the WKV of RWKV-5. No state means zeros. Computes in float32 (float64 if given that), the type of the final
     state; y has r's. With cu_seqlens [N + 1] (int32 or int64, on the device), N documents stand one after the other in
     a row, B = 1, and states are [N, H, K, V], one a document; an empty document passes its state on.
     """
+    dtype = torch.promote_types(r.dtype, torch.float32)
+    if log_decay.shape == r.shape[2:]:
+        log_decay = log_decay.to(dtype).expand(r.shape)  # and its gradient, a sum over all tokens, is of float32 parts
     if KERNEL.chosen(r, r.shape[-1], v.shape[-1]):
         return wkv6_triton(r, k, v, log_decay, u, initial_state, cu_seqlens)
-    dtype = torch.promote_types(r.dtype, torch.float32)
     if initial_state is None:
         rows = r.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         initial_state = r.new_zeros(rows, *r.shape[2:], v.shape[-1], dtype=dtype)
