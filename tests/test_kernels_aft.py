@@ -1,4 +1,4 @@
-"""AFT's kernels against the eager ops in float64, at the inputs that break such code."""
+"""The kernels of AFT with biases against the eager ops in float64, at the inputs that break such code."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.errors import ZooError
 from zoo.ops import aft_triton
-from zoo.ops.aft import EMPTY, Sums, aft_full, aft_local, aft_simple
+from zoo.ops.aft import aft_full, aft_local
 from zoo.ops.backend import use_backend
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPS = ("simple", "full", "local")
+OPS = ("full", "local")
 Inputs = dict[str, Tensor]
 
 
 def op(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None,
        cu_seqlens: Tensor | None = None) -> Tensor:
-    if name == "simple":
-        return aft_simple(q, k, v, cu_seqlens=cu_seqlens)
     return (aft_full if name == "full" else aft_local)(q, k, v, bias, cu_seqlens=cu_seqlens)
 
 
@@ -47,10 +45,8 @@ def inputs(name: str, length: int, channels: int, batch: int = 2, window: int = 
     q, k, v = torch.randn(3, batch, length, channels, generator=generator, dtype=torch.float64).unbind()
     if outlier:
         k[-1, length // 2, ::3] = outlier
-    made = {"q": q, "k": k, "v": v}
-    if name != "simple":
-        columns = length if name == "full" else window
-        made["bias"] = torch.randn(length, columns, generator=generator, dtype=torch.float64)
+    columns = length if name == "full" else window
+    made = {"q": q, "k": k, "v": v, "bias": torch.randn(length, columns, generator=generator, dtype=torch.float64)}
     return {key: x.to(DEVICE) for key, x in made.items()}
 
 
@@ -133,7 +129,7 @@ def test_no_output_knows_the_future(name: str, future: str) -> None:
             after = op(name, **changed)
             block = cut // 16 * 16 if DEVICE == "cpu" else 0
             assert torch.equal(after[:, :block], before[:, :block]), cut
-            if name == "simple" or future != "nan":
+            if future != "nan":
                 torch.testing.assert_close(after[:, :cut], before[:, :cut], atol=1e-6, rtol=1e-5)
 
 
@@ -179,19 +175,12 @@ def test_a_bias_of_the_wrong_shape_is_refused() -> None:
         aft_full(given["q"][:, :5], given["k"][:, :5], given["v"][:, :5], given["bias"])
 
 
-def test_a_state_is_continued_without_kernels() -> None:
-    q, k, v = (x.float() for x in inputs("simple", 3, 4).values())
-    empty = Sums(torch.full_like(k[:, 0], EMPTY), torch.zeros_like(v[:, 0]), torch.zeros_like(v[:, 0]))
-    with use_backend("triton"):
-        torch.testing.assert_close(aft_simple(q, k, v, empty), aft_simple(q, k, v))
-
-
 @pytest.mark.parametrize("name", OPS)
 def test_registered_as_torch_asks(name: str) -> None:
     given = [x.float().requires_grad_() for x in inputs(name, 5, 4, batch=1, window=3).values()]
-    call = aft_triton._simple if name == "simple" else aft_triton._biased
-    arguments = (*given, None) if name == "simple" else (*given, name == "local", None)
-    torch.library.opcheck(call, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    arguments = *given, name == "local", None
+    torch.library.opcheck(aft_triton._biased, arguments,
+                          test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -207,7 +196,7 @@ def test_one_graph(name: str) -> None:
 
 
 def test_flops() -> None:
-    for name, pairs in (("simple", 8), ("full", 36), ("local", 8 * 4)):
+    for name, pairs in (("full", 36), ("local", 8 * 4)):
         given = [x.float().requires_grad_() for x in inputs(name, 8, 4, batch=1, window=3).values()]
         with use_backend("triton"), FlopCounterMode(display=False) as counter:
             op(name, *given).sum().backward()
@@ -260,12 +249,9 @@ def test_long_rows_and_documents(name: str) -> None:
 def builds() -> None:
     """Every kernel in the benchmark's shapes and types, for tests/kernel_builds.py."""
     from zoo.kernels import aft, aft_backward
-    from zoo.kernels import aft_simple as scan
 
     for dtype in (torch.bfloat16, torch.float32):
         q, k, v, dy = (torch.zeros(2, 1024, 512, dtype=dtype) for _ in range(4))
-        _, states = scan.forward(q, k, v, None)
-        scan.backward(q, k, v, dy, states, None)
         for local, columns in ((False, 1024), (True, 32)):
             bias = torch.zeros(1024, columns)
             _, mean, den = aft.forward(q, k, v, bias, local, None)

@@ -17,8 +17,9 @@ its own, so that training does not pay for one. With `cu_seqlens` [N + 1] (int32
 0 to T) N documents stand one after the other in a row, B = 1, and each begins anew: positions, and so rows and columns
 of a bias table, count from its own first token. Documents are not continued: no `sums`, no `cache`.
 
-What is here in PyTorch is also the reference of the kernels, which zoo/ops/aft_triton.py puts in its place for simple,
-local and full where there is no state and one bias for the batch: whole sequences, that is, as in training.
+What is here in PyTorch is also the reference of the kernels, which zoo/ops/aft_simple_triton.py puts in its place for
+simple, and zoo/ops/aft_triton.py for local and full where there is no state and one bias for the batch: whole
+sequences, that is, as in training.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.errors import ZooError
-from zoo.ops.aft_triton import FULL, LOCAL, SIMPLE, biased, simple
+from zoo.ops.aft_simple_triton import SIMPLE, simple
+from zoo.ops.aft_triton import FULL, LOCAL, biased
 from zoo.ops.documents import document_slices
 from zoo.ops.untraced import untraced
 
@@ -58,8 +60,8 @@ class Cache(NamedTuple):
 
 def aft_simple(q: Tensor, k: Tensor, v: Tensor, sums: Sums | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """w_ts = 0 (equation 5). q, k, v [B, T, D] -> y [B, T, D]. `sums`: the tokens before."""
-    if sums is None and SIMPLE.chosen(k):
-        return simple(q, k, v, cu_seqlens)
+    if (sums is None or cu_seqlens is None) and SIMPLE.chosen(k):
+        return simple(q, k, v, sums, cu_seqlens)
     if cu_seqlens is not None:
         return _by_document(cu_seqlens, sums, None, q, lambda i: aft_simple(q[:, i], k[:, i], v[:, i]))
     if not q.shape[1]:

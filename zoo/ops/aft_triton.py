@@ -13,70 +13,9 @@ from zoo.ops.backend import Kernel, use_backend
 from zoo.ops.documents import check_documents
 
 
-def simple(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """aft_simple without a state, on its kernels."""
-    if cu_seqlens is not None:
-        check_documents(q, cu_seqlens)
-    return _simple(_rows(q), _rows(k), _rows(v), cu_seqlens)[0]
-
-
 def _rows(x: Tensor) -> Tensor:
     """x, or a copy where its last axis is not contiguous; the kernels take any other stride."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-@torch.library.custom_op("zoo::aft_simple", mutates_args=())
-def _simple(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    from zoo.kernels import aft_simple
-
-    return aft_simple.forward(q, k, v, cu_seqlens)
-
-
-@_simple.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    from zoo.kernels import aft_simple
-
-    return q.new_empty(q.shape), q.new_empty(aft_simple.states_shape(q, cu_seqlens), dtype=torch.float32)
-
-
-@torch.library.custom_op("zoo::aft_simple_backward", mutates_args=())
-def _simple_backward(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, states: Tensor,
-                     cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    from zoo.kernels import aft_simple
-
-    return aft_simple.backward(q, k, v, _rows(dy), states, cu_seqlens)
-
-
-@_simple_backward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, states: Tensor,
-      cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _simple_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], output[1], inputs[3])
-    ctx.set_materialize_grads(False)
-
-
-def _simple_vjp(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return None, None, None, None
-    q, k, v, states, cu_seqlens = ctx.saved_tensors
-    return *_simple_backward(q, k, v, dy, states, cu_seqlens), None
-
-
-_simple.register_autograd(_simple_vjp, setup_context=_simple_setup)
-
-
-@register_flop_formula(torch.ops.zoo.aft_simple)
-def _simple_flops(q: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
-    """Two multiply-adds a token and channel, for num and den."""
-    return 4 * q[0] * q[1] * q[2]
-
-
-@register_flop_formula(torch.ops.zoo.aft_simple_backward)
-def _simple_backward_flops(q: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
-    return 2 * _simple_flops(q)
 
 
 def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, local: bool, cu_seqlens: Tensor | None) -> Tensor:
@@ -168,22 +107,17 @@ def _test(op: str, device: torch.device, dtype: torch.dtype) -> float:
     q, k, v, dy = torch.randn(4, 2, length, 40, generator=generator, dtype=torch.float64).unbind()
     k[1, length // 2] = 60
     q, k, v, dy = (x.to(device, dtype) for x in (q, k, v, dy))
-    columns = {"simple": 0, "full": length, "local": 20}[op]
+    columns = {"full": length, "local": 20}[op]
     bias = torch.randn(length, columns, generator=generator).to(device)
-    leaves = [x.double().requires_grad_() for x in ((q, k, v, bias) if columns else (q, k, v))]
+    leaves = [x.double().requires_grad_() for x in (q, k, v, bias)]
     with use_backend("eager"):
         exact = getattr(aft, f"aft_{op}")(*leaves)
     gradients = torch.autograd.grad(exact, leaves, dy.double())
-    if columns:
-        y, mean, den = _biased(q, k, v, bias, op == "local", None)
-        ours = [y, *_biased_backward(q, k, v, bias, dy, mean, den, op == "local", None)]
-    else:
-        y, states = _simple(q, k, v, None)
-        ours = [y, *_simple_backward(q, k, v, dy, states, None)]
+    y, mean, den = _biased(q, k, v, bias, op == "local", None)
+    ours = [y, *_biased_backward(q, k, v, bias, dy, mean, den, op == "local", None)]
     return _largest_error(ours, [exact.detach(), *gradients], dtype)
 
 
-SIMPLE = Kernel("aft_simple", lambda device, dtype, _: _test("simple", device, dtype))
 LOCAL = Kernel("aft_local", lambda device, dtype, _: _test("local", device, dtype), file="aft",
                sources=("aft_backward",))
 FULL = Kernel("aft_full", lambda device, dtype, _: _test("full", device, dtype), file="aft", sources=("aft_backward",))

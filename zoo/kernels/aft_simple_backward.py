@@ -1,0 +1,270 @@
+"""Backward of AFT-simple; names, chunks, warps and segments as in zoo/kernels/aft_simple.py.
+
+With g_t = dy_t sigmoid(q_t), a_t = g_t / den_t and b_t = a_t mean_t,
+
+    dq_t = g_t mean_t (1 - sigmoid(q_t)),   dv_s = exp(k_s) sum_{t>=s} a_t,   dk_s = v_s dv_s - exp(k_s) sum_{t>=s} b_t.
+
+A program walks back from the last chunk. It finds num and den of a chunk again from the sums kept at its start, then
+sums a and b from its end: multiples of 2^-e, the e of that chunk, which is no more than that of the chunk after it.
+Chunks from where the forward pass was careful are treated with the running maximum in the place of e.
+
+Where rows are cut, a first walk gives the sums of a and b over each segment, `chain_back` those of all later ones. What
+comes out at a row's first token is the gradient of a state given by the caller.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from zoo.kernels._common import INTERPRETED, LOG2E
+from zoo.kernels.aft_simple import (
+    PIECES,
+    add,
+    before,
+    careful,
+    config,
+    cut,
+    exponent,
+    join,
+    joined_before,
+    place,
+    plan,
+    row_slots,
+    rows,
+)
+
+LAST = tl.constexpr(1e30)  # e of what comes after the last token: nothing
+
+
+@triton.jit
+def fall(m1, a1, b1, m2, a2, b2):
+    """Sums a1, b1 of later rows and a2, b2 of earlier ones, multiples of 2^-m, as multiples of 2^-m2; m2 <= m1."""
+    f = tl.exp2(m2 - m1)
+    return m2, a2 + a1 * f, b2 + b1 * f
+
+
+@triton.jit
+def fall_after(m1, a1, b1, after_m1, after_a1, after_b1, m2, a2, b2, after_m2, after_a2, after_b2):
+    m, a, b = fall(m1, a1, b1, m2, a2, b2)
+    after_m, after_a, after_b = fall(m1, a1, b1, after_m2, after_a2, after_b2)
+    return m, a, b, after_m, after_a, after_b
+
+
+@triton.jit
+def fallen_after(m, a, b, last):
+    """Sums of the rows of [W, BC] after each, as multiples of 2^-last; its own sums are multiples of 2^-m."""
+    nil = tl.zeros_like(a)
+    found = tl.associative_scan((m, a, b, last, nil, nil), 0, fall_after, reverse=True)
+    return found[4], found[5]
+
+
+@triton.jit(do_not_specialize=["T", "L", "pieces", "documents", "chunks", "segments"])
+def backward_kernel(q, k, v, dy, dq, dk, dv, states, steep, ends, sums, cu_seqlens, T, C, L, pieces, documents, chunks,
+                    segments, q_b, q_t, k_b, k_t, v_b, v_t, dy_b, dy_t, R: tl.constexpr, W: tl.constexpr,
+                    BC: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr, SUMMARY: tl.constexpr):
+    """Gradients of a segment, or with SUMMARY the sums of a and b of one that another precedes. `sums`: where those
+    go, by segment; without SUMMARY those at the first token of every row of the batch, or None."""
+    BT: tl.constexpr = R * W
+    i_s, i_c = tl.program_id(0) // tl.cdiv(C, BC), tl.program_id(0) % tl.cdiv(C, BC)
+    i_b, first, length, chunk, piece, rest = place(i_s, T, L, pieces, cu_seqlens, documents, BT)
+    nothing = length <= 0
+    if SUMMARY:
+        nothing = nothing | (piece == 0)
+    if nothing:
+        return
+    o_t = tl.arange(0, W)[:, None] * R
+    o_c = tl.max_contiguous(i_c * BC + tl.arange(0, BC), VEC)[None, :]
+    m_c = o_c < C
+    every = o_t * 0 + o_c
+    n = tl.cdiv(length, BT)
+    p_q = q + i_b * q_b + first * q_t
+    p_k = k + i_b * k_b + first * k_t
+    p_v = v + i_b * v_b + first * v_t
+    p_dy = dy + i_b * dy_b + first * dy_t
+    own = (i_b * T + first) * C + o_c
+    p_s = states + (chunk + n - 1) * C + every
+    plane = tl.cast(chunks, tl.int64) * C
+    slots = tl.cast(segments, tl.int64) * C
+    if ends is None:
+        c_e = tl.zeros([W, BC], tl.float32) + LAST
+        c_a = tl.zeros([W, BC], tl.float32)
+        c_b = tl.zeros([W, BC], tl.float32)
+    else:
+        m_e = m_c & (rest > L)
+        c_e = tl.load(ends + tl.cast(i_s, tl.int64) * C + every, mask=m_e, other=LAST)
+        c_a = tl.load(ends + slots + tl.cast(i_s, tl.int64) * C + every, mask=m_e, other=0)
+        c_b = tl.load(ends + 2 * slots + tl.cast(i_s, tl.int64) * C + every, mask=m_e, other=0)
+    smooth = tl.minimum(tl.load(steep + tl.program_id(0)), n)
+    for i in range(0, n - smooth):
+        row = (n - 1 - i) * BT + o_t
+        b_k = rows(p_k + o_c, k_t, row, length, m_c, float("-inf"), R)
+        b_v = rows(p_v + o_c, v_t, row, length, m_c, 0.0, R)
+        b_q = rows(p_q + o_c, q_t, row, length, m_c, 0.0, R)
+        b_dy = rows(p_dy + o_c, dy_t, row, length, m_c, 0.0, R)
+        s_m = tl.load(p_s, mask=m_c, other=0)
+        s_n = tl.load(p_s + plane, mask=m_c, other=0)
+        s_d = tl.load(p_s + 2 * plane, mask=m_c, other=1)
+        b_m, b_n, b_d = careful(b_k, b_v, R)
+        b_m, b_n, b_d = joined_before(b_m, b_n, b_d)
+        b_m, b_n, b_d = join(s_m, s_n, s_d, b_m, b_n, b_d)
+        t_m, t_a, t_b = tl.tuple(()), tl.tuple(()), tl.tuple(())
+        for r in tl.static_range(R):
+            b_m, b_n, b_d = join(b_m, b_n, b_d, exponent(b_k[r]), b_v[r].to(tl.float32), 1.0)
+            mean, gate = b_n / b_d, tl.sigmoid(b_q[r].to(tl.float32))
+            g = tl.where(row + r < length, b_dy[r].to(tl.float32) * gate, 0.0)
+            if not SUMMARY:
+                tl.store(dq + own + (row + r).to(tl.int64) * C, (g * mean * (1 - gate)).to(dq.dtype.element_ty),
+                         mask=(row + r < length) & m_c)
+            a = g / b_d
+            t_m += (b_m,)
+            t_a += (a,)
+            t_b += (tl.where(row + r < length, a * mean, 0.0),)
+        w_m, w_a, w_b = t_m[R - 1], t_a[R - 1], t_b[R - 1]
+        for r in tl.static_range(1, R):
+            w_m, w_a, w_b = fall(w_m, w_a, w_b, t_m[R - 1 - r], t_a[R - 1 - r], t_b[R - 1 - r])
+        if not SUMMARY:
+            b_a, b_b = fallen_after(w_m, w_a, w_b, t_m[R - 1])
+            last, b_a, b_b = fall(c_e, c_a, c_b, t_m[R - 1], b_a, b_b)
+            for r in tl.static_range(R):
+                last, b_a, b_b = fall(last, b_a, b_b, t_m[R - 1 - r], t_a[R - 1 - r], t_b[R - 1 - r])
+                p = tl.exp2(exponent(b_k[R - 1 - r]) - last)
+                at = own + (row + R - 1 - r).to(tl.int64) * C
+                mask = (row + R - 1 - r < length) & m_c
+                tl.store(dv + at, (p * b_a).to(dv.dtype.element_ty), mask=mask)
+                tl.store(dk + at, (p * (b_v[R - 1 - r].to(tl.float32) * b_a - b_b)).to(dk.dtype.element_ty), mask=mask)
+        _, w_a, w_b = fall(w_m, w_a, w_b, s_m, 0.0, 0.0)
+        w_a, w_b = tl.reduce((w_a, w_b), 0, add)
+        c_e, c_a, c_b = fall(c_e, c_a, c_b, s_m, w_a[None, :], w_b[None, :])
+        p_s -= C
+    for i in tl.range(n - smooth, n, num_stages=STAGES):
+        row = (n - 1 - i) * BT + o_t
+        b_k = rows(p_k + o_c, k_t, row, length, m_c, float("-inf"), R)
+        b_v = rows(p_v + o_c, v_t, row, length, m_c, 0.0, R)
+        b_q = rows(p_q + o_c, q_t, row, length, m_c, 0.0, R)
+        b_dy = rows(p_dy + o_c, dy_t, row, length, m_c, 0.0, R)
+        s_e = tl.load(p_s, mask=m_c, other=0)
+        c_n = tl.load(p_s + plane, mask=m_c, other=0)
+        c_d = tl.load(p_s + 2 * plane, mask=m_c, other=1)
+        s_n = tl.zeros([W, BC], tl.float32)
+        s_d = tl.zeros([W, BC], tl.float32)
+        b_p, b_n, b_d = tl.tuple(()), tl.tuple(()), tl.tuple(())
+        for r in tl.static_range(R):
+            p = tl.exp2(b_k[r].to(tl.float32) * LOG2E - s_e)
+            s_n += p * b_v[r].to(tl.float32)
+            s_d += p
+            b_p += (p,)
+            b_n += (s_n,)
+            b_d += (s_d,)
+        w_n, w_d = before(s_n, s_d, False)
+        s_a = tl.zeros([W, BC], tl.float32)
+        s_b = tl.zeros([W, BC], tl.float32)
+        t_a, t_b = tl.tuple(()), tl.tuple(())
+        for r in tl.static_range(R):
+            inverse = 1 / (c_d + w_d + b_d[r])
+            mean = (c_n + w_n + b_n[r]) * inverse
+            gate = tl.sigmoid(b_q[r].to(tl.float32))
+            g = b_dy[r].to(tl.float32) * gate
+            if not SUMMARY:
+                tl.store(dq + own + (row + r).to(tl.int64) * C, (g * mean * (1 - gate)).to(dq.dtype.element_ty),
+                         mask=(row + r < length) & m_c)
+            a = g * inverse
+            s_a += a
+            s_b += a * mean
+            t_a += (a,)
+            t_b += (a * mean,)
+        c_e, c_a, c_b = fall(c_e, c_a, c_b, s_e, 0.0, 0.0)
+        if not SUMMARY:
+            b_a, b_b = before(s_a, s_b, True)
+            b_a += c_a
+            b_b += c_b
+            for r in tl.static_range(R):
+                b_a += t_a[R - 1 - r]
+                b_b += t_b[R - 1 - r]
+                p = b_p[R - 1 - r]
+                at = own + (row + R - 1 - r).to(tl.int64) * C
+                mask = (row + R - 1 - r < length) & m_c
+                tl.store(dv + at, (p * b_a).to(dv.dtype.element_ty), mask=mask)
+                tl.store(dk + at, (p * (b_v[R - 1 - r].to(tl.float32) * b_a - b_b)).to(dk.dtype.element_ty), mask=mask)
+        s_a, s_b = tl.reduce((s_a, s_b), 0, add)
+        c_a += s_a[None, :]
+        c_b += s_b[None, :]
+        p_s -= C
+    if sums is not None:
+        m_s = (o_t == 0) & m_c
+        if SUMMARY:
+            tl.store(sums + tl.cast(i_s, tl.int64) * C + every, c_a, mask=m_s)
+            tl.store(sums + slots + tl.cast(i_s, tl.int64) * C + every, c_b, mask=m_s)
+        else:
+            if piece == 0:
+                tl.store(sums + i_b * C + every, c_a, mask=m_s)
+                tl.store(sums + (segments // pieces + i_b) * C + every, c_b, mask=m_s)
+
+
+@triton.jit(do_not_specialize=["T", "L", "pieces", "chunks", "segments"])
+def chain_back_kernel(sums, ends, states, cu_seqlens, T, C, L, pieces, chunks, segments, BP: tl.constexpr,
+                      BC: tl.constexpr, BT: tl.constexpr):
+    """e, a, b after every segment of a row but its last, from the sums of segments; e: that at the next one's start."""
+    i_n, i_c = tl.program_id(0) // tl.cdiv(C, BC), tl.program_id(0) % tl.cdiv(C, BC)
+    slot, n = row_slots(i_n, T, L, pieces, cu_seqlens)
+    if cu_seqlens is not None:
+        chunk = tl.load(cu_seqlens + i_n).to(tl.int64) // BT + i_n
+    else:
+        chunk = tl.cast(i_n, tl.int64) * tl.cdiv(T, BT)
+    o_p = tl.arange(0, BP)[:, None]
+    o_c = (i_c * BC + tl.arange(0, BC))[None, :]
+    m_c = o_c < C
+    slots = tl.cast(segments, tl.int64) * C
+    c_e = tl.zeros([1, BC], tl.float32) + LAST
+    c_a = tl.zeros([1, BC], tl.float32)
+    c_b = tl.zeros([1, BC], tl.float32)
+    for i in range(0, n, BP):
+        o_n = (tl.cdiv(n, BP) * BP - BP - i) + o_p  # segments, and what stands after each: that of the next
+        mask = (o_n < n - 1) & m_c
+        e = tl.load(states + (chunk + (o_n + 1) * (L // BT)) * C + o_c, mask=mask, other=LAST)
+        a = tl.load(sums + (slot + o_n + 1) * C + o_c, mask=mask, other=0)
+        b = tl.load(sums + slots + (slot + o_n + 1) * C + o_c, mask=mask, other=0)
+        after_a, after_b = fallen_after(e, a, b, e)
+        _, after_a, after_b = fall(c_e, c_a, c_b, e, after_a + a, after_b + b)
+        tl.store(ends + (slot + o_n) * C + o_c, e, mask=mask)
+        tl.store(ends + slots + (slot + o_n) * C + o_c, after_a, mask=mask)
+        tl.store(ends + 2 * slots + (slot + o_n) * C + o_c, after_b, mask=mask)
+        is_first = (o_p == 0) & m_c
+        c_e = tl.sum(tl.where(is_first, e, 0.0), 0)[None, :]
+        c_a = tl.sum(tl.where(is_first, after_a, 0.0), 0)[None, :]
+        c_b = tl.sum(tl.where(is_first, after_b, 0.0), 0)[None, :]
+
+
+def backward(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, states: Tensor, steep: Tensor, top: Tensor | None,
+             num: Tensor | None, den: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+    """-> dq, dk, dv [B, T, C], each as its input, and where top, num, den [B, C] are given their gradients."""
+    planned, each = plan(k, cu_seqlens), config("backward", k)
+    batch, _, channels = k.shape
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    if not k.numel():
+        return dq, dk, dv, *(torch.zeros_like(x) for x in (top, num, den) if x is not None)
+    shape = k.shape[1], channels, planned.L, planned.pieces
+    strides = [stride for x in (q, k, v, dy) for stride in x.stride()[:2]]
+    grid = (planned.segments * triton.cdiv(channels, each.BC),)
+    kept = each.launch()
+    ends = None
+    if cut(planned, k):
+        sums = states.new_empty((2, planned.segments, channels))
+        ends = states.new_empty((3, planned.segments, channels))
+        backward_kernel[grid](q, k, v, dy, dq, dk, dv, states, steep, None, sums, cu_seqlens, *shape, planned.rows,
+                              states.shape[1], planned.segments, *strides, SUMMARY=True, **kept)
+        width = 16 if INTERPRETED else 32
+        chain_back_kernel[(planned.rows * triton.cdiv(channels, width),)](
+            sums, ends, states, cu_seqlens, *shape, states.shape[1], planned.segments, BP=PIECES, BC=width,
+            BT=each.R * each.W, num_warps=4)
+    at_start = None if top is None else states.new_empty((2, batch, channels))
+    backward_kernel[grid](q, k, v, dy, dq, dk, dv, states, steep, ends, at_start, cu_seqlens, *shape, planned.rows,
+                          states.shape[1], planned.segments, *strides, SUMMARY=False, **kept)
+    if at_start is None or top is None or num is None or den is None:
+        return dq, dk, dv
+    e = states[0].view(batch, -1, channels)[:, 0]
+    share = (top * LOG2E.value - e).exp2()
+    dnum, dden = at_start[0] * share, -at_start[1] * share
+    return dq, dk, dv, num * dnum + den * dden, dnum, dden
