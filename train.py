@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -75,6 +77,9 @@ def main() -> int:
             raise
     except Exception as other:
         error = other
+    if isinstance(error, BrokenPipeError):  # whoever read what a run says has left; nothing more may go into that pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     if isinstance(error, ZooError):
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -127,6 +127,7 @@ def test_help_is_quick() -> None:
     assert done.returncode == 0
     for command in ("list", "doctor", "generate", "export", "bench"):
         assert f"  {command} " in done.stdout
+    assert "...\n" not in done.stdout.partition("Commands:")[2]  # what each one does is said within a line
 
 
 def test_a_terminal_that_is_not_utf8_shows_what_it_can(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

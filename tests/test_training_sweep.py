@@ -63,6 +63,15 @@ def test_a_sweep_over_steps(command: ModuleType, corpus: Path, tmp_path: Path, m
     assert sorted(done) == [1, 2]
 
 
+def test_a_reader_that_leaves_ends_a_run_without_a_traceback(corpus: Path, tmp_path: Path) -> None:
+    for given in (["--help"], words(corpus, tmp_path / "run", steps=3)):
+        process = start(*given, cwd=tmp_path)
+        process.stdout.close()
+        process.wait(timeout=120)
+        assert process.stderr.read() == ""
+        assert process.returncode == 141
+
+
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "submitit_slurm"])
 def test_launchers_can_be_chosen(launcher: str) -> None:
     package = f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher"

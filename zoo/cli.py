@@ -28,7 +28,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is a GPU
 
 @app.command("list")
 def list_command() -> None:
-    """Architectures with paper, complexity and state size, and the published models."""
+    """The architectures, and the published models."""
     from rich.table import Table
 
     import zoo
@@ -47,7 +47,7 @@ def list_command() -> None:
 
 @app.command()
 def doctor() -> None:
-    """Versions, devices, and what works here; the exit status is 0 if training on a CPU does."""
+    """What is installed and what works here. The exit status is 0 if training on a CPU does."""
     from zoo.doctor import examine
 
     raise typer.Exit(0 if examine(print) else 1)
@@ -89,7 +89,7 @@ def export(
     which: Annotated[str, typer.Option(help="last, or best by validation.")] = "last",
     dtype: Annotated[str, typer.Option(help="What weights are stored as: float32, bfloat16 or float16.")] = "float32",
 ) -> None:
-    """Save the model of a run's checkpoint as a folder to load, share or publish."""
+    """Make a folder of a run's model, to load, share or publish."""
     from zoo.errors import choose
     from zoo.export import export_run
     from zoo.pretrained import DTYPES
