@@ -42,11 +42,60 @@ from zoo.kernels.wkv6_parts import (
     operands,
     place,
     rows,
-    steep_products,
-    steep_scores,
     sums,
     walk,
 )
+
+
+@triton.jit
+def halves_x(b_r, b_k, own, half: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, OP: tl.constexpr,
+             EXACT: tl.constexpr, SPLIT: tl.constexpr):
+    """Blocks of 2 `half` tokens, cut in the middle: r of the later halves, k of the earlier ones; decay from or to it."""
+    i = tl.arange(0, BT)[:, None]
+    j = tl.arange(0, BT)[None, :]
+    later = i // half % 2 == 1
+    x = tl.where(later, b_r, b_k)
+    border = tl.zeros([BT, BK], tl.float32)
+    if half > 1:  # neighbours have no decay between them
+        between = (i // half == j // half) & tl.where(later, j < i, j > i)
+        border = sums(tl.where(between, 1.0, 0.0), own, border, OP, EXACT, SPLIT)
+    return x, exp(border)
+
+
+@triton.jit
+def halves(b_r, b_k, own, scores, half: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, OP: tl.constexpr,
+           PRECISION: tl.constexpr, EXACT: tl.constexpr, SPLIT: tl.constexpr):
+    """scores + A of the pairs with s in the earlier and t in the later half of the same block."""
+    i = tl.arange(0, BT)[:, None]
+    j = tl.arange(0, BT)[None, :]
+    x, border = halves_x(b_r, b_k, own, half, BT, BK, OP, EXACT, SPLIT)
+    decayed = (x * border).to(OP)
+    found = dot(decayed, tl.trans(decayed), tl.zeros([BT, BT], tl.float32), PRECISION)
+    return scores + tl.where((i // half % 2 == 1) & (i // half == j // half + 1), found, 0.0)
+
+
+@triton.jit
+def halves_backward(b_r, b_k, own, da, da_t, scores_t, b_dr, b_dk, b_dw, half: tl.constexpr, BT: tl.constexpr,
+                    BK: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+                    SPLIT: tl.constexpr):
+    """The same pairs' part of A's transpose and of the gradients of r, k and the log decays."""
+    i = tl.arange(0, BT)[:, None]
+    j = tl.arange(0, BT)[None, :]
+    later = i // half % 2 == 1
+    pairs = later & (i // half == j // half + 1)
+    pairs_t = (i // half + 1 == j // half) & (j // half % 2 == 1)
+    x, border = halves_x(b_r, b_k, own, half, BT, BK, OP, EXACT, SPLIT)
+    decayed = (x * border).to(OP)
+    found = dot(decayed, tl.trans(decayed), tl.zeros([BT, BT], tl.float32), PRECISION)
+    scores_t += tl.where(pairs_t, found, 0.0)
+    across = tl.where(pairs, da, tl.where(pairs_t, da_t, 0.0)).to(OP)
+    dx = dot(across, decayed, tl.zeros([BT, BK], tl.float32), PRECISION) * border
+    b_dr += tl.where(later, dx, 0.0)
+    b_dk += tl.where(later, 0.0, dx)
+    if half > 1:
+        beyond = (i // half == j // half) & tl.where(later, j > i, j < i)
+        b_dw = sums(tl.where(beyond, 1.0, 0.0), x * dx, b_dw, OP, EXACT, False)
+    return scores_t, b_dr, b_dk, b_dw
 
 
 @triton.jit(do_not_specialize=["T", "L", "pieces", "documents"])
@@ -87,14 +136,12 @@ def _outputs(r, k, v, w, u, states, y, cu_seqlens, table, T, L, pieces, document
                      tl.zeros([BT, BT], tl.float32), PRECISION)
         scores = tl.where(block & (i > j), scores, 0.0)
     else:
-        scores = steep_scores(b_r, k, w, k_t, w_t, o_t, o_k, last, K, BT, False)
+        scores = tl.zeros([BT, BT], tl.float32)
+        for level in tl.static_range(4):
+            scores = halves(b_r, b_k, own, scores, 1 << level, BT, BK, OP, PRECISION, EXACT, SPLIT)
     for half in tl.static_range(16, 48, 16):
         if half < BT:
-            later = (o_r // half % 2 == 1)[:, None]
-            ahead = (i // half == j // half) & tl.where(later, j < i, j > i)
-            x = tl.where(later, b_r, b_k) * exp(sums(tl.where(ahead, 1.0, 0.0), own, none, OP, EXACT, SPLIT))
-            found = dot(x.to(OP), tl.trans(x.to(OP)), tl.zeros([BT, BT], tl.float32), PRECISION)
-            scores += tl.where(later & (i // half == j // half + 1), found, 0.0)
+            scores = halves(b_r, b_k, own, scores, half, BT, BK, OP, PRECISION, EXACT, SPLIT)
     b_u = tl.load(u + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)
     bonus = tl.sum(b_r * b_u[None, :] * b_k, 1)
     scores += tl.where(i == j, bonus[:, None], 0.0)
@@ -170,59 +217,41 @@ def _gradients(r, k, v, w, u, dy, states, dstates, dr, dk, dv, dw, du, cu_seqlen
     b_dw = sums(tl.where(j > i, 1.0, 0.0), b_r * b_dr, b_dw, OP, EXACT, False)
 
     # inside blocks
-    apart = tl.where(block & (i > j + 1), da, 0.0)
-    apart_t = tl.where(block & (i + 1 < j), da_t, 0.0)
+    scores_t = tl.zeros([BT, BT], tl.float32)
     from_middle = sums(tl.where(block, tl.where(j < i, 0.5, -0.5), 0.0), own, none, OP, EXACT, SPLIT)
     if tl.max(from_middle) * 2 < LIMIT:
         to_middle = exp(-from_middle - own)
         from_middle = exp(from_middle)
         later = (b_r * from_middle).to(OP)
         earlier = (b_k * to_middle).to(OP)
-        scores_t = tl.where(block & (i < j), dot(earlier, tl.trans(later), square, PRECISION), 0.0)
-        inside_r = dot(apart.to(OP), earlier, none, PRECISION) * from_middle
-        inside_k = dot(apart_t.to(OP), later, none, PRECISION) * to_middle
+        scores_t = tl.where(block & (i < j), dot(earlier, tl.trans(later), scores_t, PRECISION), 0.0)
+        inside_r = dot(tl.where(block & (i > j + 1), da, 0.0).to(OP), earlier, none, PRECISION) * from_middle
+        inside_k = dot(tl.where(block & (i + 1 < j), da_t, 0.0).to(OP), later, none, PRECISION) * to_middle
+        b_dr = dot(tl.where(block & (i == j + 1), da, 0.0).to(OP), b_k.to(OP), b_dr + inside_r, PRECISION)
+        b_dk = dot(tl.where(block & (i + 1 == j), da_t, 0.0).to(OP), b_r.to(OP), b_dk + inside_k, PRECISION)
+        inside_k *= b_k
+        b_dw = sums(tl.where(block & (j > i), 1.0, 0.0), b_r * inside_r - inside_k, b_dw - inside_k, OP, EXACT, True)
     else:
-        scores_t = steep_scores(b_r, k, w, k_t, w_t, o_t, o_k, last, K, BT, True)
-        inside_r = steep_products(apart, k, w, k_t, w_t, o_t, o_k, last, K, BT, BK, True)
-        inside_k = steep_products(apart_t, r, w, r_t, w_t, o_t, o_k, last, K, BT, BK, False)
-    b_dr += inside_r
-    b_dk += inside_k
-    inside_k *= b_k
-    b_dw = sums(tl.where(block & (j > i), 1.0, 0.0), b_r * inside_r - inside_k, b_dw - inside_k, OP, EXACT, True)
-
-    # between the halves of 32 or 64 tokens: a token's part is that of r, or of k
+        for level in tl.static_range(4):
+            scores_t, b_dr, b_dk, b_dw = halves_backward(b_r, b_k, own, da, da_t, scores_t, b_dr, b_dk, b_dw,
+                                                         1 << level, BT, BK, OP, PRECISION, EXACT, SPLIT)
     for half in tl.static_range(16, 48, 16):
         if half < BT:
-            later_half = (o_r // half % 2 == 1)[:, None]
-            same = i // half == j // half
-            border = exp(sums(tl.where(same & tl.where(later_half, j < i, j > i), 1.0, 0.0), own, none, OP, EXACT,
-                              SPLIT))
-            x = tl.where(later_half, b_r, b_k)
-            decayed = (x * border).to(OP)
-            pairs = later_half & (i // half == j // half + 1)
-            pairs_t = (i // half + 1 == j // half) & (j // half % 2 == 1)
-            scores_t += tl.where(pairs_t, dot(decayed, tl.trans(decayed), square, PRECISION), 0.0)
-            across = tl.where(pairs, da, tl.where(pairs_t, da_t, 0.0)).to(OP)
-            found = dot(across, decayed, none, PRECISION) * border
-            b_dr += tl.where(later_half, found, 0.0)
-            b_dk += tl.where(later_half, 0.0, found)
-            b_dw = sums(tl.where(same & tl.where(later_half, j > i, j < i), 1.0, 0.0), x * found, b_dw, OP, EXACT,
-                        False)
+            scores_t, b_dr, b_dk, b_dw = halves_backward(b_r, b_k, own, da, da_t, scores_t, b_dr, b_dk, b_dw,
+                                                         half, BT, BK, OP, PRECISION, EXACT, SPLIT)
     start = (i_b * T + bos) * H + i_h
     o_out = (start + o_t[:, None] * H) * blocks * K + i_v * K + o_k[None, :]
     tl.store(dw + o_out, tl.where(own <= NOTHING, 0.0, b_dw).to(dw.dtype.element_ty), mask=m_tk)
 
-    # a token with itself, and with its neighbour in the block
+    # a token with itself
     b_u = tl.load(u + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
     bonus = tl.sum(b_r * b_u * b_k, 1)
     scores_t += tl.where(i == j, bonus[:, None], 0.0)
     b_dv = dot(scores_t.to(OP), b_dy, b_dv, PRECISION)
     tl.store(dv + start * V + o_t[:, None] * H * V + o_v[None, :], b_dv.to(dv.dtype.element_ty), mask=m_tv)
     itself = tl.sum(tl.where(i == j, da, 0.0), 1)[:, None]
-    b_dr = dot(tl.where(block & (i == j + 1), da, 0.0).to(OP), b_k.to(OP), b_dr, PRECISION) + itself * b_u * b_k
-    tl.store(dr + o_out, b_dr.to(dr.dtype.element_ty), mask=m_tk)
-    b_dk = dot(tl.where(block & (i + 1 == j), da_t, 0.0).to(OP), b_r.to(OP), b_dk, PRECISION) + itself * b_u * b_r
-    tl.store(dk + o_out, b_dk.to(dk.dtype.element_ty), mask=m_tk)
+    tl.store(dr + o_out, (b_dr + itself * b_u * b_k).to(dr.dtype.element_ty), mask=m_tk)
+    tl.store(dk + o_out, (b_dk + itself * b_u * b_r).to(dk.dtype.element_ty), mask=m_tk)
     tl.store(p_du, tl.sum(itself * b_r * b_k, 0), mask=m_k)
 
 

@@ -80,53 +80,6 @@ def exp(x):
                                          is_pure=True, pack=1)
 
 
-@triton.jit
-def steep_scores(r, k_p, w_p, k_t, w_t, o_t, o_k, last, K, BT: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """A [BT, BT] of pairs s < t of a block, by a loop over s down the block: exponents sum what lies between."""
-    o_r = tl.arange(0, BT)
-    o_i = o_r % 16
-    scores = tl.zeros([BT, BT], tl.float32)
-    between = tl.zeros_like(r)
-    count = tl.minimum(last - tl.min(o_t, 0), 16)
-    for n in range(0, count):
-        s = count - 1 - n
-        m_s = ((o_t - o_i + s) < last)[:, None] & (o_k < K)[None, :]
-        later = (o_i > s)[:, None]
-        b_k = rows(k_p, k_t, o_t - o_i + s, o_k, m_s).to(tl.float32)
-        b_w = rows(w_p, w_t, o_t - o_i + s, o_k, m_s).to(tl.float32)
-        found = tl.sum(tl.where(later, r * b_k * exp(between), 0.0), 1)
-        if TRANSPOSED:
-            scores += tl.where(o_r[:, None] == (o_r - o_i + s)[None, :], found[None, :], 0.0)
-        else:
-            scores += tl.where(o_r[None, :] == (o_r - o_i + s)[:, None], found[:, None], 0.0)
-        between += tl.where(later, tl.where(b_w < NOTHING, NOTHING, b_w), 0.0)
-    return scores
-
-
-@triton.jit
-def steep_products(weights, x_p, w_p, x_t, w_t, o_t, o_k, last, K, BT: tl.constexpr, BK: tl.constexpr,
-                    LATER: tl.constexpr):
-    """sum over the block of weights [BT, BT] x e^(what lies between), for every row its column's token.
-
-    LATER: rows are the later of a pair, and the loop goes down the block; or the earlier, and it goes up.
-    """
-    o_r = tl.arange(0, BT)
-    o_i = o_r % 16
-    between = tl.zeros([BT, BK], tl.float32)
-    found = tl.zeros([BT, BK], tl.float32)
-    count = tl.minimum(last - tl.min(o_t, 0), 16)
-    for n in range(0, count):
-        s = count - 1 - n if LATER else n
-        m_s = ((o_t - o_i + s) < last)[:, None] & (o_k < K)[None, :]
-        paired = ((o_i > s) if LATER else (o_i < s))[:, None]
-        b_x = rows(x_p, x_t, o_t - o_i + s, o_k, m_s).to(tl.float32)
-        b_w = rows(w_p, w_t, o_t - o_i + s, o_k, m_s).to(tl.float32)
-        weight = tl.sum(tl.where(o_r[None, :] == (o_r - o_i + s)[:, None], weights, 0.0), 1)
-        found += tl.where(paired, weight[:, None] * b_x * exp(between), 0.0)
-        between += tl.where(paired, tl.where(b_w < NOTHING, NOTHING, b_w), 0.0)
-    return found
-
-
 @triton.jit(do_not_specialize=["T", "L", "pieces", "documents"])
 def _walk(a, b, w, initial, borders, sums_, final, states, cu_seqlens, table, T, L, pieces, documents, H, K, V,
           a_b, a_t, a_h, b_b, b_t, b_h, w_b, w_t, w_h,
