@@ -27,13 +27,17 @@ def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, local: bool, cu_seqlen
     return _biased(_rows(q), _rows(k), _rows(v), _rows(bias), local, cu_seqlens)[0]
 
 
-@torch.library.custom_op("zoo::aft_biased", mutates_args=())
-def _biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, local: bool,
-            cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """-> y, and for the backward pass the mean as v and float32 den: B T C (bytes of v + 4) beside the inputs.
+Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-    While it lasts the backward pass has two [B, T, C] factors as v (float32 for fp16), and float32 tiles of the bias's
-    gradient, one [T, T] (full) or [T, W + 2 block] (local) for each of a few shares.
+
+@torch.library.custom_op("zoo::aft_biased", mutates_args=())
+def _biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, local: bool, cu_seqlens: Tensor | None) -> Seven:
+    """-> y, and what the backward pass keeps beside the inputs and y, in operands of e bytes (2 for bf16, else 4):
+    full 3 e B T C for the keys' exponentials and 1 / den, and e T^2 for the biases'; local e B T C, and less than
+    e T (W + 2 block); both 16 or 24 bytes a block and channel.
+
+    While it lasts the backward pass has two more operands [B, T, C], and float32 tiles of the bias's gradient, one
+    [T, T] (full) or [T, W + 2 block] (local) for each of a few shares.
     """
     from zoo.kernels import aft
 
@@ -41,27 +45,28 @@ def _biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, local: bool,
 
 
 @_biased.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, local: bool,
-      cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), v.new_empty(v.shape), q.new_empty(q.shape, dtype=torch.float32)
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, local: bool, cu_seqlens: Tensor | None) -> Seven:
+    from zoo.kernels import aft
+
+    return aft.results(q, v, bias, local, cu_seqlens)
 
 
 @torch.library.custom_op("zoo::aft_biased_backward", mutates_args=())
-def _biased_backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dy: Tensor, mean: Tensor, den: Tensor, local: bool,
-                     cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from zoo.kernels import aft_backward
+def _biased_backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dy: Tensor, y: Tensor, kept: list[Tensor],
+                     local: bool, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from zoo.kernels import aft
 
-    return aft_backward.backward(q, k, v, bias, _rows(dy), mean, den, local, cu_seqlens)
+    return aft.backward(q, k, v, bias, _rows(dy), y, kept, local, cu_seqlens)
 
 
 @_biased_backward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dy: Tensor, mean: Tensor, den: Tensor, local: bool,
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dy: Tensor, y: Tensor, kept: list[Tensor], local: bool,
       cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias.new_empty(bias.shape)
 
 
-def _biased_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:4], *output[1:], inputs[5])
+def _biased_setup(ctx: Any, inputs: tuple[Any, ...], output: Seven) -> None:
+    ctx.save_for_backward(*inputs[:4], inputs[5], *output)
     ctx.local = inputs[4]
     ctx.set_materialize_grads(False)
 
@@ -69,8 +74,8 @@ def _biased_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 def _biased_vjp(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 6
-    q, k, v, bias, mean, den, cu_seqlens = ctx.saved_tensors
-    return *_biased_backward(q, k, v, bias, dy, mean, den, ctx.local, cu_seqlens), None, None
+    q, k, v, bias, cu_seqlens, y, *kept = ctx.saved_tensors
+    return *_biased_backward(q, k, v, bias, dy, y, kept, ctx.local, cu_seqlens), None, None
 
 
 _biased.register_autograd(_biased_vjp, setup_context=_biased_setup)
@@ -86,7 +91,7 @@ def _biased_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], bi
 
 @register_flop_formula(torch.ops.zoo.aft_biased_backward)
 def _biased_backward_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], bias: tuple[int, ...],
-                           dy: tuple[int, ...], mean: tuple[int, ...], den: tuple[int, ...], local: bool,
+                           dy: tuple[int, ...], y: tuple[int, ...], kept: list[tuple[int, ...]], local: bool,
                            *args: Any, **kwargs: Any) -> int:
     """The products for keys and values, and those for the bias."""
     return 2 * _biased_flops(q, k, v, bias, local)
@@ -113,11 +118,10 @@ def _test(op: str, device: torch.device, dtype: torch.dtype) -> float:
     with use_backend("eager"):
         exact = getattr(aft, f"aft_{op}")(*leaves)
     gradients = torch.autograd.grad(exact, leaves, dy.double())
-    y, mean, den = _biased(q, k, v, bias, op == "local", None)
-    ours = [y, *_biased_backward(q, k, v, bias, dy, mean, den, op == "local", None)]
+    y, *kept = _biased(q, k, v, bias, op == "local", None)
+    ours = [y, *_biased_backward(q, k, v, bias, dy, y, kept, op == "local", None)]
     return _largest_error(ours, [exact.detach(), *gradients], dtype)
 
 
-LOCAL = Kernel("aft_local", lambda device, dtype, _: _test("local", device, dtype), file="aft",
-               sources=("aft_backward",))
-FULL = Kernel("aft_full", lambda device, dtype, _: _test("full", device, dtype), file="aft", sources=("aft_backward",))
+LOCAL = Kernel("aft_local", lambda device, dtype, _: _test("local", device, dtype), sources=("aft", "aft_parts"))
+FULL = Kernel("aft_full", lambda device, dtype, _: _test("full", device, dtype), sources=("aft", "aft_parts"))
