@@ -9,8 +9,6 @@ import os
 import resource
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from training_runs import ROOT, config, same, train, weights, write_corpus
+from training_runs import config, same, train, weights, write_corpus
 
 import zoo
 from zoo.data.load import load_data
@@ -141,35 +139,6 @@ def test_overfit_learns_one_batch(corpus: Path, tmp_path: Path) -> None:
     train(config(corpus, tmp_path / "run", debug__overfit=True, steps=150, dropout=0.0, log_every=50, sample_tokens=0,
                  validate_every=150, save_every=150, optim__lr=1e-2, optim__weight_decay=0.0))
     assert float(read_rows(tmp_path / "run" / "metrics.csv")[-1]["loss"]) < 0.1
-
-
-def test_distributed_is_the_same_run(corpus: Path, tmp_path: Path) -> None:
-    """Two processes under torchrun, with DDP and then FSDP, micro-batches and a resume, against one process."""
-    script = tmp_path / "both.py"
-    script.write_text(
-        "import sys\nfrom pathlib import Path\nimport torch\nfrom training_runs import config, train\n"
-        "torch.set_num_threads(1)\ncorpus, out = map(Path, sys.argv[1:])\n"
-        "for strategy in ('ddp', 'fsdp'):\n"
-        "    for steps, resume in ((6, None), (12, 'auto')):\n"
-        "        train(config(corpus, out / strategy, dropout=0.0, steps=steps, resume=resume,\n"
-        "                     schedule={'name': 'wsd'}, trainer={'strategy': strategy, 'micro_batch': 32}))\n")
-    launched = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script),
-         str(corpus), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-        capture_output=True, text=True, timeout=200)
-    assert launched.returncode == 0, launched.stderr[-3000:]
-    for steps, resume in ((6, None), (12, "auto")):
-        train(config(corpus, tmp_path / "single", dropout=0.0, steps=steps, resume=resume, schedule={"name": "wsd"}))
-    single, rows = weights(tmp_path / "single", 12)["weights"], read_rows(tmp_path / "single" / "metrics.csv")
-    for strategy in ("ddp", "fsdp"):
-        close(weights(tmp_path / strategy, 12)["weights"], single)
-        theirs = read_rows(tmp_path / strategy / "metrics.csv")
-        for mine, row in zip(rows, theirs, strict=True):
-            assert row["step"] == mine["step"]
-            for key in ("loss", "validation_bits_per_byte"):
-                assert (row[key] == "") == (mine[key] == "")
-                assert not row[key] or float(row[key]) == pytest.approx(float(mine[key]), rel=1e-4)
 
 
 # What is measured and written

@@ -135,6 +135,10 @@ class TrainingModule(LightningModule):
         return nullcontext()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if not isinstance(self.model, FSDPModule):
+            optimizer = cast(LightningOptimizer, self.optimizers())
+            checkpoint["optimizer_states"] = [in_models_order(checkpoint["optimizer_states"][0],
+                                                              optimizer.param_groups, self.model)]
         mine = rng_state(self.device)
         ranks = [mine]
         if self.trainer.world_size > 1:
@@ -154,6 +158,20 @@ class TrainingModule(LightningModule):
         else:
             seed_everything(self.run.seed, 1 + rank, self.global_step)
         self.restored_rng = None
+
+
+def in_models_order(state: dict[str, Any], groups: list[dict[str, Any]], model: LanguageModel) -> dict[str, Any]:
+    """An optimiser's state with the parameters numbered as the model has them, and not group by group.
+
+    That is how Lightning writes and reads the numbers under FSDP; other optimisers take any. With the groups' own
+    numbers a run that went on under FSDP would get one parameter's moments for another's.
+    """
+    place = {parameter: number for number, parameter in enumerate(model.parameters())}
+    new = {old: place[parameter] for saved, group in zip(state["param_groups"], groups, strict=True)
+           for old, parameter in zip(saved["params"], group["params"], strict=True)}
+    return {"state": {new[old]: moments for old, moments in state["state"].items()},
+            "param_groups": [saved | {"params": [new[old] for old in saved["params"]]}
+                             for saved in state["param_groups"]]}
 
 
 def seed_everything(*key: int) -> None:
