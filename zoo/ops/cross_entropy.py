@@ -11,11 +11,11 @@ from torch.autograd.function import once_differentiable
 
 from zoo.errors import ZooError, choose
 from zoo.ops.backend import Kernel
-from zoo.ops.cross_entropy_triton import losses_of_each, losses_of_small, self_test, total_loss
+from zoo.ops.cross_entropy_triton import losses_of_each, self_test, small_loss, total_loss
 from zoo.ops.untraced import untraced
 
 MAX_LOGITS = 1 << 24  # that the eager path holds at a time: 64 MiB in float32; a byte vocabulary's batch fits whole
-PLAIN_VOCABULARY = 512  # classes up to which logits are no larger than what else a token has: PyTorch's own calls do
+FEW_LOGITS = 1 << 21  # up to which a loss is a matter of launches, and PyTorch's own calls are the fewest
 
 _kernel = Kernel("cross_entropy", self_test)
 
@@ -29,11 +29,12 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore_i
     2204.02311, section 5). Logits are products in x's dtype, or autocast's; where there are many, they are computed
     piece by piece, and the head's gradient adds up in float32 and has the weight's dtype.
 
-    On kernels (sizes in bytes): beside x, the weight and their gradients there is x's gradient a second time, for a
-    cotangent of 1, and logits of x's size, at least 16 MiB and 128 rows or columns; before the head's gradient exists,
-    its room is the logits'. Where the head's gradient in float32 is no larger than x, both gradients of a mean or sum
-    come from the forward pass: three products, not four. Another dtype's weight is cast.
-    No more than PLAIN_VOCABULARY classes take PyTorch's own path. float32 products: PyTorch's matmul precision.
+    On kernels: the gradients of a mean or sum are those of three products; beside x, the weight and their gradients
+    there are the head's gradient in float32, x's a second time, and logits of 2048 tokens or of x's size, at least
+    16 MiB (no more classes than x is wide: all logits, and no second gradients). For "none", or one gradient alone, the
+    logits are computed twice, and held beside are x's gradient a second time and logits of x's size, at least 16 MiB
+    and 128 rows or columns. Another dtype's weight is cast. Up to FEW_LOGITS logits take PyTorch's own calls, which
+    torch.compile fuses. float32 products: PyTorch's matmul precision.
     Raises ZooError for another reduction, and where the shapes do not fit.
     """
     choose("reduction", reduction, ("mean", "sum", "none"))
@@ -45,13 +46,12 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore_i
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if len(rows) and _kernel.chosen(rows.to(dtype)):
         rows = rows.to(dtype)
-        if len(weight) <= PLAIN_VOCABULARY and reduction != "none" and not z_loss:
-            return _plain_loss(rows, weight, flat, ignore_index, reduction)
-        if len(weight) <= weight.shape[1]:
-            losses = losses_of_small(rows, weight, flat, ignore_index, z_loss)
-        elif reduction != "none" and _both_asked(rows, weight):
-            total = total_loss(rows, weight, flat, ignore_index, z_loss)
-            return total if reduction == "sum" else total / _count(flat, ignore_index)
+        if len(rows) * len(weight) <= FEW_LOGITS:
+            losses = _losses(rows, weight, flat, ignore_index, z_loss)
+        elif reduction != "none" and len(weight) <= weight.shape[1]:
+            return small_loss(rows, weight, flat, ignore_index, z_loss, reduction == "mean")
+        elif reduction != "none" and torch.is_grad_enabled() and rows.requires_grad and weight.requires_grad:
+            return total_loss(rows, weight, flat, ignore_index, z_loss, reduction == "mean")
         else:
             losses = losses_of_each(rows, weight, flat, ignore_index, z_loss)
     else:
@@ -62,23 +62,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore_i
             losses = _chunked_losses(rows, weight, flat, ignore_index, z_loss, size, dtype)
     if reduction == "none":
         return losses.view(targets.shape)
-    return losses.sum() if reduction == "sum" else losses.sum() / _count(flat, ignore_index)
-
-
-def _count(targets: Tensor, ignore_index: int) -> Tensor:
-    return (targets != ignore_index).sum().clamp(min=1)
-
-
-def _both_asked(x: Tensor, weight: Tensor) -> bool:
-    """Whether gradients of both are asked for."""
-    return torch.is_grad_enabled() and x.requires_grad and weight.requires_grad
-
-
-def _plain_loss(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """Of the calls of F.cross_entropy, that which has counted the targets already."""
-    logits = F.linear(x, weight).log_softmax(-1, dtype=torch.float32)
-    loss, count = torch.ops.aten.nll_loss_forward(logits, targets, None, 2, ignore_index)  # 2: the sum
-    return loss if reduction == "sum" else loss / count.clamp(min=1)
+    return losses.sum() if reduction == "sum" else losses.sum() / (flat != ignore_index).sum().clamp(min=1)
 
 
 def _losses(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z_loss: float) -> Tensor:
