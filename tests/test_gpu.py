@@ -29,6 +29,178 @@ DEVICE = "cuda"
 CASES = pytest.mark.parametrize("case", listed(), ids=str)
 
 
+# The kernels, of all ops of a model together; what takes longest stands first, for tests that run side by side
+
+
+def logits_and_gradients(model: LanguageModel, tokens: Tensor, cu_seqlens: Tensor | None = None,
+                         dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Of the model's own loss; float32, or under autocast."""
+    model.zero_grad()
+    targets = tokens.roll(-1, 1)
+    with torch.autocast(DEVICE, dtype or torch.bfloat16, enabled=dtype is not None):
+        logits = model(tokens, cu_seqlens)
+        model.loss(tokens, targets, cu_seqlens=cu_seqlens).backward()
+    return {"logits": logits.detach().float()} | {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
+    """Relative, by name; where there is next to no gradient, relative to that of the others."""
+    least = 1e-4 * sum(float(value.norm()) for name, value in b.items() if name not in ("logits", "loss")) / len(b)
+    return {name: float((a[name] - b[name]).norm()) / max(float(b[name].norm()), least) for name in b}
+
+
+def kernels_of(case: Case) -> str:
+    """The backend that takes a model's kernels: "triton"; "auto" where some are refused on all GPUs (`Kernel.fault`).
+
+    Skips where no op of it has kernels (a variant's), so that it runs in PyTorch under any backend.
+    """
+    model, chosen = tiny(case, layers=1, dim=64, channel_dim=96).to(DEVICE), "triton"
+    forget_decisions()
+    with torch.no_grad():
+        try:
+            with use_backend(chosen):
+                model(tokens_of(1, 8).to(DEVICE))
+        except ZooError as error:
+            if not any(kernel.fault and kernel.fault in str(error) for kernel in backend._kernels.values()):
+                raise
+            chosen = "auto"
+            model(tokens_of(1, 8).to(DEVICE))
+    if not any(line.endswith(": triton") for line in decisions()):
+        pytest.skip(f"no kernels for {case}: {'; '.join(decisions()) or 'none written'}")
+    return chosen
+
+
+@CASES
+def test_kernels_compile_into_one_graph(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile(fullgraph=True) of a training step's loss and gradients, over rows and over documents."""
+    import torch._inductor.config
+
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # tests run side by side as it is
+    torch._dynamo.reset()
+    chosen = kernels_of(case)
+    model = tiny(case, layers=1, scramble=True, dim=64, channel_dim=96).to(DEVICE)
+
+    def loss(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        return model.loss(tokens, tokens.roll(-1, 1), cu_seqlens=cu_seqlens)
+
+    with use_backend(chosen):
+        for tokens, cu_seqlens in ((tokens_of(2, 131).to(DEVICE), None),
+                                   (tokens_of(1, sum(PACKED)).to(DEVICE), borders(PACKED).to(DEVICE))):
+            found = []
+            for call in (torch.compile(loss, fullgraph=True), loss):
+                model.zero_grad()
+                value = call(tokens, cu_seqlens)
+                value.backward()
+                gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+                found.append({"loss": value.detach()} | gradients)
+            far = {name: error for name, error in distance(*found).items() if not error < 1e-3}
+            assert not far, far
+
+
+@pytest.mark.parametrize("model", zoo.list_models())
+def test_a_cold_start_takes_less_than_30_s(model: str, tmp_path: Path) -> None:
+    """All kernels of a model, with their self-tests, compiled into an empty cache in a process of its own."""
+    code = f"""
+import time, torch, triton, zoo
+seconds = []
+def compiled(src, times, **facts):
+    seconds.append((times.total / 1e6, src.name))
+triton.knobs.compilation.listener = compiled
+model = zoo.create_model({model!r}, "small", seq_len=1024).cuda()
+tokens = torch.randint(256, (2, 1024)).cuda()
+torch.cuda.synchronize()
+began = time.perf_counter()
+with torch.autocast("cuda", torch.bfloat16):
+    model.loss(tokens, tokens).backward()
+torch.cuda.synchronize()
+spent = time.perf_counter() - began
+total = sum(each for each, _ in seconds)
+print(f"first step {{spent:.1f}} s, {{len(seconds)}} kernels {{total:.1f}} s", sorted(seconds)[-4:])
+assert 0 < total < 30
+"""
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    print(model, done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+@CASES
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "documents"])
+def test_kernels_agree_with_eager(case: Case, packed: bool) -> None:
+    """float32: logits and all gradients. bf16 autocast: as far from float32 as the eager path is."""
+    model = tiny(case, scramble=True, dim=64, channel_dim=96).to(DEVICE)
+    tokens = tokens_of(1, sum(PACKED)) if packed else tokens_of(3, 131)
+    given = tokens.to(DEVICE), borders(PACKED).to(DEVICE) if packed else None
+    with use_backend("eager"):
+        exact, rough = logits_and_gradients(model, *given), logits_and_gradients(model, *given, dtype=torch.bfloat16)
+    with use_backend(kernels_of(case)):
+        close, ours = logits_and_gradients(model, *given), logits_and_gradients(model, *given, dtype=torch.bfloat16)
+    far = {name: error for name, error in distance(close, exact).items() if not error < 1e-3}
+    assert not far, far
+    allowed = distance(rough, exact)
+    far = {name: (error, allowed[name]) for name, error in distance(ours, exact).items()
+           if not error < 1.5 * allowed[name] + 0.01}
+    assert not far, far
+
+
+@CASES
+@pytest.mark.parametrize("scale", [100.0, math.nan])
+def test_kernels_keep_documents_apart(case: Case, scale: float) -> None:
+    mixer = tiny(case, layers=1, scramble=True, dim=64).to(DEVICE).blocks[0].sequence_mixer
+    x, cu_seqlens = torch.randn(1, sum(PACKED), 64, device=DEVICE), borders(PACKED).to(DEVICE)
+    with use_backend(kernels_of(case)), torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        y = mixer(x, cu_seqlens)
+        for n in (0, 2, 3, 5):
+            own = slice(sum(PACKED[:n]), sum(PACKED[: n + 1]))
+            other, others = x.clone(), torch.ones(sum(PACKED), dtype=torch.bool, device=DEVICE)
+            other[:, own] *= scale
+            others[own] = False
+            assert torch.equal(mixer(other, cu_seqlens)[:, others], y[:, others]), f"document {n}"
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Names of the kernels that are specialised anew within the block, by this process."""
+    import triton
+
+    seen: list[str] = []
+
+    def count(*arguments: object, **facts: object) -> None:
+        seen.append(str(facts.get("repr")))
+
+    before, triton.knobs.runtime.jit_cache_hook = triton.knobs.runtime.jit_cache_hook, count
+    try:
+        yield seen
+    finally:
+        triton.knobs.runtime.jit_cache_hook = before
+
+
+@CASES
+def test_other_lengths_and_documents_compile_nothing_new(case: Case) -> None:
+    chosen = kernels_of(case)
+    model = tiny(case, scramble=True, dim=64, channel_dim=96).to(DEVICE)
+
+    def step(lengths: tuple[int, ...]) -> None:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            cu_seqlens = None if len(lengths) == 1 else borders(lengths).to(DEVICE)
+            tokens = tokens_of(1, sum(lengths)).to(DEVICE)
+            model.loss(tokens, tokens, cu_seqlens=cu_seqlens).backward()
+
+    with use_backend(chosen):
+        with compilations() as first:
+            for lengths in ((97,), (97, 40), (1,), (1, 1)):  # rows that are cut into segments, and too short ones
+                step(lengths)
+        assert first, "no kernel ran"
+        with compilations() as more:
+            for lengths in ((160,), (33,), (128,), (2,), (7, 9), (16, 160, 0, 1, 1, 80), (64,) * 9, (5, 0), (160, 160)):
+                step(lengths)
+    assert not more, more
+
+
+# A model and its training against the CPU
+
+
 @CASES
 def test_model_agrees_with_the_cpu(case: Case) -> None:
     """float32 logits and all gradients, at a length that is not a multiple of any chunk."""
@@ -106,169 +278,3 @@ def test_a_step_that_is_not_finite_reaches_no_weight(tmp_path: Path, monkeypatch
     with pytest.raises(ZooError, match="step 6: loss nan"):
         train(config(corpus, tmp_path / "run", trainer__accelerator="gpu", trainer__precision="bf16-mixed"))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-00000004.ckpt"]
-
-
-# The kernels, of all ops of a model together
-
-
-def logits_and_gradients(model: LanguageModel, tokens: Tensor, cu_seqlens: Tensor | None = None,
-                         dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Of the model's own loss; float32, or under autocast."""
-    model.zero_grad()
-    targets = tokens.roll(-1, 1)
-    with torch.autocast(DEVICE, dtype or torch.bfloat16, enabled=dtype is not None):
-        logits = model(tokens, cu_seqlens)
-        model.loss(tokens, targets, cu_seqlens=cu_seqlens).backward()
-    return {"logits": logits.detach().float()} | {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
-    """Relative, by name; where there is next to no gradient, relative to that of the others."""
-    least = 1e-4 * sum(float(value.norm()) for name, value in b.items() if name not in ("logits", "loss")) / len(b)
-    return {name: float((a[name] - b[name]).norm()) / max(float(b[name].norm()), least) for name in b}
-
-
-def kernels_of(case: Case) -> str:
-    """The backend that takes a model's kernels: "triton"; "auto" where some are refused on all GPUs (`Kernel.fault`).
-
-    Skips where no op of it has kernels (a variant's), so that it runs in PyTorch under any backend.
-    """
-    model, chosen = tiny(case, layers=1, dim=64, channel_dim=96).to(DEVICE), "triton"
-    forget_decisions()
-    with torch.no_grad():
-        try:
-            with use_backend(chosen):
-                model(tokens_of(1, 8).to(DEVICE))
-        except ZooError as error:
-            if not any(kernel.fault and kernel.fault in str(error) for kernel in backend._kernels.values()):
-                raise
-            chosen = "auto"
-            model(tokens_of(1, 8).to(DEVICE))
-    if not any(line.endswith(": triton") for line in decisions()):
-        pytest.skip(f"no kernels for {case}: {'; '.join(decisions()) or 'none written'}")
-    return chosen
-
-
-@CASES
-@pytest.mark.parametrize("packed", [False, True], ids=["rows", "documents"])
-def test_kernels_agree_with_eager(case: Case, packed: bool) -> None:
-    """float32: logits and all gradients. bf16 autocast: as far from float32 as the eager path is."""
-    model = tiny(case, scramble=True, dim=64, channel_dim=96).to(DEVICE)
-    tokens = tokens_of(1, sum(PACKED)) if packed else tokens_of(3, 131)
-    given = tokens.to(DEVICE), borders(PACKED).to(DEVICE) if packed else None
-    with use_backend("eager"):
-        exact, rough = logits_and_gradients(model, *given), logits_and_gradients(model, *given, dtype=torch.bfloat16)
-    with use_backend(kernels_of(case)):
-        close, ours = logits_and_gradients(model, *given), logits_and_gradients(model, *given, dtype=torch.bfloat16)
-    far = {name: error for name, error in distance(close, exact).items() if not error < 1e-3}
-    assert not far, far
-    allowed = distance(rough, exact)
-    far = {name: (error, allowed[name]) for name, error in distance(ours, exact).items()
-           if not error < 1.5 * allowed[name] + 0.01}
-    assert not far, far
-
-
-@CASES
-@pytest.mark.parametrize("scale", [100.0, math.nan])
-def test_kernels_keep_documents_apart(case: Case, scale: float) -> None:
-    mixer = tiny(case, layers=1, scramble=True, dim=64).to(DEVICE).blocks[0].sequence_mixer
-    x, cu_seqlens = torch.randn(1, sum(PACKED), 64, device=DEVICE), borders(PACKED).to(DEVICE)
-    with use_backend(kernels_of(case)), torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
-        y = mixer(x, cu_seqlens)
-        for n in (0, 2, 3, 5):
-            own = slice(sum(PACKED[:n]), sum(PACKED[: n + 1]))
-            other, others = x.clone(), torch.ones(sum(PACKED), dtype=torch.bool, device=DEVICE)
-            other[:, own] *= scale
-            others[own] = False
-            assert torch.equal(mixer(other, cu_seqlens)[:, others], y[:, others]), f"document {n}"
-
-
-@CASES
-def test_kernels_compile_into_one_graph(case: Case) -> None:
-    """torch.compile(fullgraph=True) of a training step's loss and gradients, over rows and over documents."""
-    torch._dynamo.reset()
-    chosen = kernels_of(case)
-    model = tiny(case, layers=1, scramble=True, dim=64, channel_dim=96).to(DEVICE)
-
-    def loss(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        return model.loss(tokens, tokens.roll(-1, 1), cu_seqlens=cu_seqlens)
-
-    with use_backend(chosen):
-        for tokens, cu_seqlens in ((tokens_of(2, 131).to(DEVICE), None),
-                                   (tokens_of(1, sum(PACKED)).to(DEVICE), borders(PACKED).to(DEVICE))):
-            found = []
-            for call in (torch.compile(loss, fullgraph=True), loss):
-                model.zero_grad()
-                value = call(tokens, cu_seqlens)
-                value.backward()
-                gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-                found.append({"loss": value.detach()} | gradients)
-            far = {name: error for name, error in distance(*found).items() if not error < 1e-3}
-            assert not far, far
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """Names of the kernels that are specialised anew within the block, by this process."""
-    import triton
-
-    seen: list[str] = []
-
-    def count(*arguments: object, **facts: object) -> None:
-        seen.append(str(facts.get("repr")))
-
-    before, triton.knobs.runtime.jit_cache_hook = triton.knobs.runtime.jit_cache_hook, count
-    try:
-        yield seen
-    finally:
-        triton.knobs.runtime.jit_cache_hook = before
-
-
-@CASES
-def test_other_lengths_and_documents_compile_nothing_new(case: Case) -> None:
-    chosen = kernels_of(case)
-    model = tiny(case, scramble=True, dim=64, channel_dim=96).to(DEVICE)
-
-    def step(lengths: tuple[int, ...]) -> None:
-        with torch.autocast(DEVICE, torch.bfloat16):
-            cu_seqlens = None if len(lengths) == 1 else borders(lengths).to(DEVICE)
-            tokens = tokens_of(1, sum(lengths)).to(DEVICE)
-            model.loss(tokens, tokens, cu_seqlens=cu_seqlens).backward()
-
-    with use_backend(chosen):
-        with compilations() as first:
-            for lengths in ((97,), (97, 40), (1,), (1, 1)):  # rows that are cut into segments, and too short ones
-                step(lengths)
-        assert first, "no kernel ran"
-        with compilations() as more:
-            for lengths in ((160,), (33,), (128,), (2,), (7, 9), (16, 160, 0, 1, 1, 80), (64,) * 9, (5, 0), (160, 160)):
-                step(lengths)
-    assert not more, more
-
-
-@pytest.mark.parametrize("model", zoo.list_models())
-def test_a_cold_start_takes_less_than_30_s(model: str, tmp_path: Path) -> None:
-    """All kernels of a model, with their self-tests, compiled into an empty cache in a process of its own."""
-    code = f"""
-import time, torch, triton, zoo
-seconds = []
-def compiled(src, times, **facts):
-    seconds.append((times.total / 1e6, src.name))
-triton.knobs.compilation.listener = compiled
-model = zoo.create_model({model!r}, "small", seq_len=1024).cuda()
-tokens = torch.randint(256, (2, 1024)).cuda()
-torch.cuda.synchronize()
-began = time.perf_counter()
-with torch.autocast("cuda", torch.bfloat16):
-    model.loss(tokens, tokens).backward()
-torch.cuda.synchronize()
-spent = time.perf_counter() - began
-total = sum(each for each, _ in seconds)
-print(f"first step {{spent:.1f}} s, {{len(seconds)}} kernels {{total:.1f}} s", sorted(seconds)[-4:])
-assert 0 < total < 30
-"""
-    path = os.pathsep.join([str(ROOT), *sys.path])
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    print(model, done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -106,6 +106,20 @@ def test_documents_of_several_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     check(inputs(200, B=1, H=1, rows=2) | {"cu_seqlens": torch.tensor([0, 150, 200], device=DEVICE)})
 
 
+@interpreted
+@pytest.mark.parametrize("cut", [False, True])
+def test_states_kept_for_the_backward_pass(cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows and of documents, in rows that are cut and that are not; none where nobody asks for gradients."""
+    if cut:
+        cut_into_segments(monkeypatch)
+    check(inputs(150, B=1), torch.bfloat16)
+    borders = torch.tensor([0, 0, 5, 134, 134, 140], device=DEVICE)
+    check(inputs(140, B=1, H=1, rows=5) | {"cu_seqlens": borders}, torch.bfloat16)
+    q, k, v, _ = (x.bfloat16() for x in inputs(140, B=1).values())
+    assert registered.linear_attention(q, k, v, None, None, True)[2].shape == (3, 2, 16, 24)
+    assert registered.linear_attention(q, k, v, None, None, False)[2].numel() == 0
+
+
 def test_strided_inputs_and_expanded_gradients() -> None:
     fused = torch.randn(2, 20, 2 * 3 * 16 + 5, device=DEVICE)[..., 5:].requires_grad_()
     per_token = torch.randn(2, 16, 20, device=DEVICE).permute(2, 0, 1).expand(2, -1, -1, -1)  # as Linformer's E
@@ -251,7 +265,8 @@ def test_memory_on_a_gpu() -> None:
             y.backward(q.detach())
     size, segments = 2 * q.numel(), 4 * 8
     states = 4 * 8 * segments * 64 * 64
-    assert torch.cuda.max_memory_allocated() - before <= 4 * size + 4 * states + 2**22
+    kept = 2 * 4 * 4096 // 64 * 8 * 64 * 64
+    assert torch.cuda.max_memory_allocated() - before <= 4 * size + kept + 4 * states + 2**22
 
 
 def builds() -> None:
