@@ -62,6 +62,7 @@ def _build(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capabilit
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     parameters = {parameter.name: parameter for parameter in kernel.params}
     options = {name: kwargs.pop(name) for name in list(kwargs) if name not in parameters}
@@ -73,6 +74,8 @@ def _build(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capabilit
         one = type(value) is int and value == 1 and not fixed  # Triton makes a constant of it
         if parameters[name].is_constexpr or value is None or one:
             signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
         elif isinstance(value, bool):

@@ -25,8 +25,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from zoo.kernels._common import LOG2E, document_chunks, dot, power_of_two
+from zoo.kernels._common import INTERPRETED, LOG2E, document_chunks, dot, power_of_two
 
 VARYING = ["T", "NT", "HEADS", "SECTION"]  # change from batch to batch: never in a compile key
 L2 = 24 * 2**20  # bytes of keys and values at work at one time: half the cache of an H100
@@ -69,6 +70,22 @@ def tile(p, i, stride, end, N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, 
 
 
 @triton.jit
+def fetch(d, i_b, start, i_h, p, i, stride, end, N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+          BOUNDED: tl.constexpr, DESCRIBED: tl.constexpr):
+    """As `tile`, or by TMA from a descriptor of x [B, T, H, K], in which the matrix is head i_h from row `start` on."""
+    if DESCRIBED:
+        return d.load([i_b.to(tl.int32), (start + i).to(tl.int32), i_h, 0]).reshape([N, BK])  # 0 beyond T and K
+    else:
+        return tile(p, i, stride, end, N, K, BK, BOUNDED)
+
+
+@triton.jit
+def line(i_head, T):
+    """Where lse and D of a head begin: T numbers, padded so that each head's are aligned for TMA."""
+    return i_head.to(tl.int64) * ((T + 15) // 16 * 16)
+
+
+@triton.jit
 def put(p, b, i, stride, end, K: tl.constexpr):
     o, o_k = tl.arange(0, b.shape[0]), tl.arange(0, b.shape[1])
     p = p + tl.cast(i, tl.int64) * stride + (o[:, None] * stride + o_k[None, :])
@@ -76,12 +93,13 @@ def put(p, b, i, stride, end, K: tl.constexpr):
 
 
 @triton.jit
-def attend(b_y, b_max, b_sum, b_q, p_k, p_v, stride_k, stride_v, first, last, o_low, o_high, scale, K: tl.constexpr,
-           BS: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def attend(b_y, b_max, b_sum, b_q, d_k, d_v, i_b, i_h, start, p_k, p_v, stride_k, stride_v, first, last, o_low, o_high,
+           scale, K: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr, DESCRIBED: tl.constexpr,
+           PRECISION: tl.constexpr):
     """Rows q over the keys first .. last - 1; row t sees o_low <= s < o_high of them, all if not MASKED."""
     for i_s in range(first, last, BS):
         o_s = i_s + tl.arange(0, BS)
-        b_k = tile(p_k, i_s, stride_k, last, BS, K, BK, MASKED)
+        b_k = fetch(d_k, i_b, start, i_h, p_k, i_s, stride_k, last, BS, K, BK, MASKED, DESCRIBED)
         b_s = dot(b_q, tl.trans(b_k), tl.zeros([b_q.shape[0], BS], tl.float32), PRECISION)
         if MASKED:
             seen = (o_s[None, :] >= o_low[:, None]) & (o_s[None, :] < o_high[:, None])
@@ -91,7 +109,7 @@ def attend(b_y, b_max, b_sum, b_q, p_k, p_v, stride_k, stride_v, first, last, o_
         b_kept = tl.exp2(b_max - b_new)
         b_sum = b_sum * b_kept + tl.sum(b_p, 1)
         b_y = b_y * b_kept[:, None]
-        b_v = tile(p_v, i_s, stride_v, last, BS, K, BK, MASKED)
+        b_v = fetch(d_v, i_b, start, i_h, p_v, i_s, stride_v, last, BS, K, BK, MASKED, DESCRIBED)
         b_y = dot(b_p.to(b_v.dtype), b_v, b_y, PRECISION)
         b_max = b_new
     return b_y, b_max, b_sum
@@ -99,11 +117,14 @@ def attend(b_y, b_max, b_sum, b_q, p_k, p_v, stride_k, stride_v, first, last, o_
 
 @triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
-    p_q, p_k, p_v, p_ks, p_vs, p_y, p_lse, p_tiles, p_borders, p_entries, T, NT, HEADS, SECTION, scale,
+    d_k, d_v, d_ks, d_vs, p_q, p_k, p_v, p_ks, p_vs, p_y, p_lse, p_tiles, p_borders, p_entries,
+    T, NT, HEADS, SECTION, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, ks_b, ks_t, ks_h, vs_b, vs_t, vs_h, y_b, y_t, y_h,
     H: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, DOCUMENTS: tl.constexpr,
-    K: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, DESCRIBED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
+    BOUNDED: tl.constexpr = DESCRIBED and not DOCUMENTS  # a descriptor ends with T, not with a document
     i_head, i_t, i_n, start, length = place(tl.program_id(0), p_tiles, p_borders, T, NT, HEADS, SECTION, True,
                                             DOCUMENTS)
     i_b, i_h = (i_head // H).to(tl.int64), i_head % H
@@ -120,37 +141,47 @@ def forward_kernel(
     if C == 0:
         full = a // BS * BS
         o_low = tl.zeros([BT], tl.int32)
-        b_y, b_max, b_sum = attend(b_y, b_max, b_sum, b_q, p_k, p_v, k_t, v_t, 0, full, o_low, o_t + 1, scale,
-                                   K, BS, BK, False, PRECISION)
+        b_y, b_max, b_sum = attend(b_y, b_max, b_sum, b_q, d_k, d_v, i_b, i_g, start, p_k, p_v, k_t, v_t, 0, full,
+                                   o_low, o_t + 1, scale, K, BS, BK, False, DESCRIBED, PRECISION)
     else:
         full = a // C * C
         o_low = o_t // C * C
         past = full // C * R // BS * BS
+        i_s = start * 0
         if DOCUMENTS:
             i_s = tl.load(p_entries + i_n).to(tl.int64) * R
             p_ks += i_s * ks_t
             p_vs += i_s * vs_t
         p_ks += i_b * ks_b + i_h * ks_h
         p_vs += i_b * vs_b + i_h * vs_h
-        b_y, b_max, b_sum = attend(b_y, b_max, b_sum, b_q, p_ks, p_vs, ks_t, vs_t, 0, past, o_low, o_t, scale,
-                                   K, BS, BK, False, PRECISION)
-        b_y, b_max, b_sum = attend(b_y, b_max, b_sum, b_q, p_ks, p_vs, ks_t, vs_t, past, (last - 1) // C * R, o_t * 0,
-                                   o_low // C * R, scale, K, BS, BK, True, PRECISION)
-    b_y, b_max, b_sum = attend(b_y, b_max, b_sum, b_q, p_k, p_v, k_t, v_t, full, last, o_low, o_t + 1, scale,
-                               K, BS, BK, True, PRECISION)
+        b_y, b_max, b_sum = attend(b_y, b_max, b_sum, b_q, d_ks, d_vs, i_b, i_h, i_s, p_ks, p_vs, ks_t, vs_t, 0, past,
+                                   o_low, o_t, scale, K, BS, BK, False, DESCRIBED, PRECISION)
+        b_y, b_max, b_sum = attend(b_y, b_max, b_sum, b_q, d_ks, d_vs, i_b, i_h, i_s, p_ks, p_vs, ks_t, vs_t, past,
+                                   (last - 1) // C * R, o_t * 0, o_low // C * R, scale, K, BS, BK, True, BOUNDED,
+                                   PRECISION)
+    b_y, b_max, b_sum = attend(b_y, b_max, b_sum, b_q, d_k, d_v, i_b, i_g, start, p_k, p_v, k_t, v_t, full, last, o_low,
+                               o_t + 1, scale, K, BS, BK, True, BOUNDED, PRECISION)
     put(p_y + i_b * y_b + start * y_t + i_h * y_h, b_y / b_sum[:, None], a, y_t, length, K)
-    tl.store(p_lse + i_head.to(tl.int64) * T + start + o_t, b_max + tl.log2(b_sum), mask=o_t < length)
+    tl.store(p_lse + line(i_head, T) + start + o_t, b_max + tl.log2(b_sum), mask=o_t < length)
 
 
-# (rows BT, keys BS, warps, stages) of the three kernels, by bytes of an element and padded head size.
-# 2 bytes, 64: the fastest of eight each at T = 4k and 16k, measured on an H200, torch 2.11, triton 3.6, 2026-11-24.
-# The others: by what the compiler reports for sm_90 (registers, no or few spills), not yet by measurement.
+# (rows BT, keys BS, warps, stages) of the three kernels, by how tiles are loaded and padded head size.
 TILES = {
+    # 2 bytes by TMA, 64 and 128: the fastest of up to eight each at T = 1k to 16k, measured on an H100, torch 2.11,
+    # triton 3.6, 2026-11-24; the others by what the compiler reports for sm_90 (registers, no spills)
+    "described": {
+        16: {"forward": (64, 128, 4, 2), "dq": (64, 64, 4, 3), "dkdv": (64, 64, 4, 3)},
+        32: {"forward": (64, 128, 4, 2), "dq": (64, 64, 4, 3), "dkdv": (64, 64, 4, 3)},
+        64: {"forward": (64, 128, 4, 2), "dq": (64, 64, 4, 3), "dkdv": (64, 64, 4, 3)},
+        128: {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 3), "dkdv": (64, 64, 4, 2)},
+        256: {"forward": (128, 32, 8, 2), "dq": (64, 32, 8, 2), "dkdv": (32, 32, 8, 2)},
+    },
+    # 2 bytes by pointers: GPUs without TMA, strides that it does not take
     2: {
         16: {"forward": (128, 64, 4, 3), "dq": (128, 64, 8, 3), "dkdv": (64, 128, 8, 3)},
         32: {"forward": (128, 64, 4, 3), "dq": (128, 64, 8, 3), "dkdv": (64, 128, 8, 3)},
-        64: {"forward": (128, 64, 8, 3), "dq": (64, 64, 4, 3), "dkdv": (32, 128, 4, 3)},
-        128: {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 2), "dkdv": (32, 128, 8, 3)},
+        64: {"forward": (64, 64, 4, 3), "dq": (64, 64, 4, 3), "dkdv": (32, 64, 4, 3)},
+        128: {"forward": (64, 64, 4, 3), "dq": (128, 64, 8, 3), "dkdv": (32, 64, 4, 3)},
         256: {"forward": (128, 32, 8, 2), "dq": (64, 32, 8, 2), "dkdv": (32, 32, 8, 2)},
     },
     4: {
@@ -163,33 +194,64 @@ TILES = {
 }
 
 
-
 def forward(q: Tensor, k: Tensor, v: Tensor, k_past: Tensor | None, v_past: Tensor | None, scale: float, block: int,
             rank: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """q [B, T, H, K], k, v [B, T, G, K], summaries [B, M rank, H, K] if block -> y [B, T, H, K], lse [B, H, T]."""
+    """q [B, T, H, K], k, v [B, T, G, K], summaries [B, M rank, H, K] if block -> y [B, T, H, K] and lse.
+
+    lse [B, H, T rounded up to a multiple of 16] in base 2: its last entries are nothing.
+    """
     B, T, H, K = q.shape
     q, k, v = (plain(x) for x in (q, k, v))
     k_past, v_past = (None if x is None else plain(x) for x in (k_past, v_past))
-    y, lse = q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
+    y, lse = q.new_empty(q.shape), q.new_empty(B, H, (T + 15) // 16 * 16, dtype=torch.float32)
     if not y.numel():
         return y, lse
     group = H // k.shape[2]
-    BK, (BT, BS, warps, stages) = tiling("forward", q)
+    keys = k, v, k_past, v_past
+    by_tma = describable(*keys)
+    BK, (BT, BS, warps, stages) = tiling("forward", q, by_tma)
     tiles = None if cu_seqlens is None else document_chunks(cu_seqlens, T, BT)
     NT = triton.cdiv(T, BT) if tiles is None else len(tiles)
     with torch.cuda.device_of(q):
         forward_kernel[(NT * B * H,)](
-            q, k, v, k_past, v_past, y, lse, tiles, cu_seqlens, entries(cu_seqlens, block), T, NT, B * H,
-            section(k) * group, scale * LOG2E.value,
-            *strides(q), *strides(k), *strides(v), *strides(k_past), *strides(v_past), *strides(y),
+            *(described(x, BS) if by_tma else None for x in keys),
+            q, *keys, y, lse, tiles, cu_seqlens, entries(cu_seqlens, block), T, NT, B * H, section(k) * group,
+            scale * LOG2E.value, *strides(q), *(n for x in keys for n in strides(x)), *strides(y),
             H=H, GROUP=group, C=block, R=rank, DOCUMENTS=tiles is not None, K=K, BT=BT, BS=BS, BK=BK,
-            PRECISION=precision(q.dtype), num_warps=warps, num_stages=stages)
+            DESCRIBED=by_tma, PRECISION=precision(q.dtype), num_warps=warps, num_stages=stages)
     return y, lse
 
 
-def tiling(kernel: str, x: Tensor) -> tuple[int, tuple[int, int, int, int]]:
+def tiling(kernel: str, x: Tensor, by_tma: bool) -> tuple[int, tuple[int, int, int, int]]:
     BK = max(16, power_of_two(x.shape[-1]))
-    return BK, TILES[x.element_size()][BK][kernel]
+    return BK, TILES["described" if by_tma else x.element_size()][BK][kernel]
+
+
+def describable(*tensors: Tensor | None) -> bool:
+    """Whether TMA can load tiles of all of them: on Hopper and later, 16 bits, strides of a multiple of 16 bytes.
+
+    Tensors on a CPU are Triton's interpreter's, of any dtype, or compiled for a GPU that is not there.
+    """
+    given = [x for x in tensors if x is not None]
+    if given[0].is_cuda:
+        if given[0].element_size() != 2 or torch.cuda.get_device_capability(given[0].device) < (9, 0):
+            return False
+    elif given[0].element_size() != 2 and not INTERPRETED.value:
+        return False
+    return all(x.numel() and x.data_ptr() % 16 == 0 and not any(n * x.element_size() % 16 for n in rows(x))
+               for x in given)
+
+
+def rows(x: Tensor) -> list[int]:
+    """Strides of all dimensions but the last, those of dimensions of 1 made harmless; 1 where there is none to take."""
+    return [(n or 1) if size > 1 else 16 for size, n in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+
+
+def described(x: Tensor | None, size: int) -> TensorDescriptor | None:
+    """x [B, T, H, K] for TMA in tiles of `size` rows of a head."""
+    if x is None:
+        return None
+    return TensorDescriptor(x, list(x.shape), [*rows(x), 1], [1, size, 1, max(16, power_of_two(x.shape[-1]))])
 
 
 def precision(dtype: torch.dtype) -> str:

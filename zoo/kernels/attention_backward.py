@@ -6,19 +6,36 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from zoo.kernels._common import LOG2E, document_chunks, dot
-from zoo.kernels.attention import VARYING, entries, place, plain, precision, put, section, strides, tile, tiling
+from zoo.kernels.attention import (
+    VARYING,
+    describable,
+    described,
+    entries,
+    fetch,
+    line,
+    place,
+    plain,
+    precision,
+    put,
+    section,
+    strides,
+    tile,
+    tiling,
+)
 
 
 @triton.jit
-def rows_gradient(b_dq, b_q, b_dy, b_lse, b_delta, p_k, p_v, stride_k, stride_v, first, last, o_low, o_high, scale,
-                  K: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def rows_gradient(b_dq, b_q, b_dy, b_lse, b_delta, d_k, d_v, i_b, i_h, start, p_k, p_v, stride_k, stride_v, first, last,
+                  o_low, o_high, scale, K: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr,
+                  DESCRIBED: tl.constexpr, PRECISION: tl.constexpr):
     """dq / scale of rows over the keys first .. last - 1, as `attend` goes over them."""
     for i_s in range(first, last, BS):
         o_s = i_s + tl.arange(0, BS)
-        b_k = tile(p_k, i_s, stride_k, last, BS, K, BK, MASKED)
-        b_v = tile(p_v, i_s, stride_v, last, BS, K, BK, MASKED)
+        b_k = fetch(d_k, i_b, start, i_h, p_k, i_s, stride_k, last, BS, K, BK, MASKED, DESCRIBED)
+        b_v = fetch(d_v, i_b, start, i_h, p_v, i_s, stride_v, last, BS, K, BK, MASKED, DESCRIBED)
         zero = tl.zeros([b_q.shape[0], BS], tl.float32)
         b_s = dot(b_q, tl.trans(b_k), zero, PRECISION)
         b_dp = dot(b_dy, tl.trans(b_v), zero, PRECISION)
@@ -33,14 +50,16 @@ def rows_gradient(b_dq, b_q, b_dy, b_lse, b_delta, p_k, p_v, stride_k, stride_v,
 
 @triton.jit(do_not_specialize=VARYING)
 def dq_kernel(
-    p_q, p_k, p_v, p_ks, p_vs, p_y, p_dy, p_lse, p_delta, p_dq, p_tiles, p_borders, p_entries,
+    d_k, d_v, d_ks, d_vs, p_q, p_k, p_v, p_ks, p_vs, p_y, p_dy, p_lse, p_delta, p_dq, p_tiles, p_borders, p_entries,
     T, NT, HEADS, SECTION, scale, exponent_scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, ks_b, ks_t, ks_h, vs_b, vs_t, vs_h, y_b, y_t, y_h, dy_b, dy_t, dy_h,
     dq_b, dq_t, dq_h,
     H: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, DOCUMENTS: tl.constexpr,
-    K: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, DESCRIBED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """dq, and on the way D, which `dkdv_kernel` needs."""
+    BOUNDED: tl.constexpr = DESCRIBED and not DOCUMENTS
     i_head, i_t, i_n, start, length = place(tl.program_id(0), p_tiles, p_borders, T, NT, HEADS, SECTION, True,
                                             DOCUMENTS)
     i_b, i_h = (i_head // H).to(tl.int64), i_head % H
@@ -52,7 +71,7 @@ def dq_kernel(
     b_dy = tile(p_dy + i_b * dy_b + start * dy_t + i_h * dy_h, a, dy_t, length, BT, K, BK, True)
     b_y = tile(p_y + i_b * y_b + start * y_t + i_h * y_h, a, y_t, length, BT, K, BK, True)
     b_delta = tl.sum(b_dy.to(tl.float32) * b_y.to(tl.float32), 1)
-    o_row = i_head.to(tl.int64) * T + start + o_t
+    o_row = line(i_head, T) + start + o_t
     tl.store(p_delta + o_row, b_delta, mask=o_t < length)
     b_lse = tl.load(p_lse + o_row, mask=o_t < length, other=float("inf"))  # exp2(s - inf) = 0: such rows are inert
     b_q = tile(p_q + i_b * q_b + start * q_t + i_h * q_h, a, q_t, length, BT, K, BK, True)
@@ -61,31 +80,34 @@ def dq_kernel(
     if C == 0:
         full = a // BS * BS
         o_low = tl.zeros([BT], tl.int32)
-        b_dq = rows_gradient(b_dq, b_q, b_dy, b_lse, b_delta, p_k, p_v, k_t, v_t, 0, full, o_low, o_t + 1,
-                             exponent_scale, K, BS, BK, False, PRECISION)
+        b_dq = rows_gradient(b_dq, b_q, b_dy, b_lse, b_delta, d_k, d_v, i_b, i_g, start, p_k, p_v, k_t, v_t, 0, full,
+                             o_low, o_t + 1, exponent_scale, K, BS, BK, False, DESCRIBED, PRECISION)
     else:
         full = a // C * C
         o_low = o_t // C * C
         past = full // C * R // BS * BS
+        i_s = start * 0
         if DOCUMENTS:
             i_s = tl.load(p_entries + i_n).to(tl.int64) * R
             p_ks += i_s * ks_t
             p_vs += i_s * vs_t
         p_ks += i_b * ks_b + i_h * ks_h
         p_vs += i_b * vs_b + i_h * vs_h
-        b_dq = rows_gradient(b_dq, b_q, b_dy, b_lse, b_delta, p_ks, p_vs, ks_t, vs_t, 0, past, o_low, o_t,
-                             exponent_scale, K, BS, BK, False, PRECISION)
-        b_dq = rows_gradient(b_dq, b_q, b_dy, b_lse, b_delta, p_ks, p_vs, ks_t, vs_t, past, (last - 1) // C * R,
-                             o_t * 0, o_low // C * R, exponent_scale, K, BS, BK, True, PRECISION)
-    b_dq = rows_gradient(b_dq, b_q, b_dy, b_lse, b_delta, p_k, p_v, k_t, v_t, full, last, o_low, o_t + 1,
-                         exponent_scale, K, BS, BK, True, PRECISION)
+        b_dq = rows_gradient(b_dq, b_q, b_dy, b_lse, b_delta, d_ks, d_vs, i_b, i_h, i_s, p_ks, p_vs, ks_t, vs_t, 0,
+                             past, o_low, o_t, exponent_scale, K, BS, BK, False, DESCRIBED, PRECISION)
+        b_dq = rows_gradient(b_dq, b_q, b_dy, b_lse, b_delta, d_ks, d_vs, i_b, i_h, i_s, p_ks, p_vs, ks_t, vs_t, past,
+                             (last - 1) // C * R, o_t * 0, o_low // C * R, exponent_scale, K, BS, BK, True, BOUNDED,
+                             PRECISION)
+    b_dq = rows_gradient(b_dq, b_q, b_dy, b_lse, b_delta, d_k, d_v, i_b, i_g, start, p_k, p_v, k_t, v_t, full, last,
+                         o_low, o_t + 1, exponent_scale, K, BS, BK, True, BOUNDED, PRECISION)
     put(p_dq + i_b * dq_b + start * dq_t + i_h * dq_h, b_dq * scale, a, dq_t, length, K)
 
 
 @triton.jit
-def keys_gradient(b_dk, b_dv, b_k, b_v, p_q, p_dy, p_lse, p_delta, stride_q, stride_dy, first, tiles, jump, o_low,
-                  o_high, length, scale, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr,
-                  PRECISION: tl.constexpr):
+def keys_gradient(b_dk, b_dv, b_k, b_v, d_q, d_dy, d_lse, d_delta, i_b, i_h, start, o_row, p_q, p_dy, p_lse, p_delta,
+                  stride_q, stride_dy, first, tiles, jump, o_low, o_high, length, scale, K: tl.constexpr,
+                  BT: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr, DESCRIBED: tl.constexpr,
+                  LINES: tl.constexpr, PRECISION: tl.constexpr):
     """dk / scale and dv of keys over `tiles` of rows from `first` on, the last of them `jump` rows further away.
 
     Key s is seen by the rows o_low <= t < o_high. Without MASKED all tiles' rows are there, and see every key.
@@ -95,37 +117,43 @@ def keys_gradient(b_dk, b_dv, b_k, b_v, p_q, p_dy, p_lse, p_delta, stride_q, str
         if MASKED:
             i_t += tl.where(i == tiles - 1, jump, 0)
         o_t = i_t + tl.arange(0, BT)
-        b_q = tile(p_q, i_t, stride_q, length, BT, K, BK, MASKED)
-        b_dy = tile(p_dy, i_t, stride_dy, length, BT, K, BK, MASKED)
-        if MASKED:
+        b_q = fetch(d_q, i_b, start, i_h, p_q, i_t, stride_q, length, BT, K, BK, MASKED, DESCRIBED)
+        b_dy = fetch(d_dy, i_b, start, i_h, p_dy, i_t, stride_dy, length, BT, K, BK, MASKED, DESCRIBED)
+        if LINES:  # by pointers each thread would fetch all that it needs for itself, 32 numbers
+            b_lse, b_delta = d_lse.load([o_row + i_t]), d_delta.load([o_row + i_t])
+        elif MASKED:
             b_lse = tl.load(p_lse + o_t, mask=o_t < length, other=float("inf"))
             b_delta = tl.load(p_delta + o_t, mask=o_t < length, other=0.0)
         else:
-            b_lse = tl.load(p_lse + o_t)
-            b_delta = tl.load(p_delta + o_t)
+            b_lse, b_delta = tl.load(p_lse + o_t), tl.load(p_delta + o_t)
         zero = tl.zeros([b_k.shape[0], BT], tl.float32)
         b_s = dot(b_k, tl.trans(b_q), zero, PRECISION)
         b_dp = dot(b_v, tl.trans(b_dy), zero, PRECISION)
         b_s = b_s * scale - b_lse[None, :]
         if MASKED:
-            b_s = tl.where((o_t[None, :] >= o_low[:, None]) & (o_t[None, :] < o_high[:, None]), b_s, float("-inf"))
+            seen = (o_t[None, :] >= o_low[:, None]) & (o_t[None, :] < o_high[:, None])
+            b_s = tl.where(seen, b_s, float("-inf"))
         b_p = tl.exp2(b_s)
         b_dv = dot(b_p.to(b_dy.dtype), b_dy, b_dv, PRECISION)
         b_ds = b_p * (b_dp - b_delta[None, :])
+        if MASKED:  # D beyond T is another head's, perhaps no number
+            b_ds = tl.where(seen, b_ds, 0.0)
         b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk, PRECISION)
     return b_dk, b_dv
 
 
 @triton.jit(do_not_specialize=[*VARYING, "S"])
 def dkdv_kernel(
-    p_q, p_k, p_v, p_dy, p_lse, p_delta, p_dk, p_dv, p_tiles, p_borders, p_entries,
+    d_q, d_dy, d_lse, d_delta, p_q, p_k, p_v, p_dy, p_lse, p_delta, p_dk, p_dv, p_tiles, p_borders, p_entries,
     T, S, NT, HEADS, SECTION, scale, exponent_scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dy_b, dy_t, dy_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h,
     H: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SUMMARIES: tl.constexpr,
     DOCUMENTS: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """dk and dv of BS keys, which with SUMMARIES are those of block attention: p_k, p_v have S rows in all."""
+    BOUNDED: tl.constexpr = DESCRIBED and not DOCUMENTS
+    LINES: tl.constexpr = BOUNDED and C % 4 == 0  # lse and D by TMA, which wants 16 bytes' alignment of the first row
     i_head, i_s, i_n, start, length = place(tl.program_id(0), p_tiles, p_borders, T, NT, HEADS, SECTION, False,
                                             DOCUMENTS)
     i_b, i_g = (i_head // (H // GROUP)).to(tl.int64), i_head % (H // GROUP)
@@ -150,7 +178,7 @@ def dkdv_kernel(
         o_low, o_high = o_s, o_s * 0 + length
         first, full = a, a + BS
     else:
-        o_low, o_high = o_s, (o_s // C + 1) * C
+        o_low, o_high = o_s, tl.minimum((o_s // C + 1) * C, length)
         first, full = a, tl.minimum(((a + BS - 1) // C + 1) * C, length)
     masked = tl.cdiv(tl.maximum(tl.minimum(full, length) - first, 0), BT)
     full = first + masked * BT
@@ -164,14 +192,16 @@ def dkdv_kernel(
         i_h = i_g * GROUP + i
         p_q_ = p_q + i_b * q_b + start * q_t + i_h * q_h
         p_dy_ = p_dy + i_b * dy_b + start * dy_t + i_h * dy_h
-        o_row = (i_b * H + i_h) * T + start
-        b_dk, b_dv = keys_gradient(b_dk, b_dv, b_k, b_v, p_q_, p_dy_, p_lse + o_row, p_delta + o_row, q_t, dy_t,
-                                   first, masked, jump, o_low, o_high, length, exponent_scale,
-                                   K, BT, BK, True, PRECISION)
+        o_row = line(i_b * H + i_h, T) + start
+        b_dk, b_dv = keys_gradient(b_dk, b_dv, b_k, b_v, d_q, d_dy, d_lse, d_delta, i_b, i_h, start, o_row.to(tl.int32),
+                                   p_q_, p_dy_, p_lse + o_row, p_delta + o_row, q_t, dy_t, first, masked, jump,
+                                   o_low, o_high, length, exponent_scale, K, BT, BK, True, BOUNDED, LINES,
+                                   PRECISION)
         if SUMMARIES or C == 0:
-            b_dk, b_dv = keys_gradient(b_dk, b_dv, b_k, b_v, p_q_, p_dy_, p_lse + o_row, p_delta + o_row, q_t, dy_t,
-                                       full, whole, 0, o_low, o_high, length, exponent_scale,
-                                       K, BT, BK, False, PRECISION)
+            b_dk, b_dv = keys_gradient(b_dk, b_dv, b_k, b_v, d_q, d_dy, d_lse, d_delta, i_b, i_h, start,
+                                       o_row.to(tl.int32), p_q_, p_dy_, p_lse + o_row, p_delta + o_row, q_t, dy_t, full,
+                                       whole, 0, o_low, o_high, length, exponent_scale, K, BT, BK, False, DESCRIBED,
+                                       LINES, PRECISION)
     put(p_dk + i_b * dk_b + first_key * dk_t + i_g * dk_h, b_dk * scale, a, dk_t, keys, K)
     put(p_dv + i_b * dv_b + first_key * dv_t + i_g * dv_h, b_dv, a, dv_t, keys, K)
 
@@ -190,19 +220,26 @@ def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, k_past: Tensor | None,
     if not q.numel():
         return dq, dk, dv, dk_past, dv_past
     delta = torch.empty_like(lse)
-    group, common = H // k.shape[2], {"H": H, "C": block, "R": rank, "K": K, "DOCUMENTS": cu_seqlens is not None,
-                                      "PRECISION": precision(q.dtype)}
+    keys = k, v, k_past, v_past
+    by_tma = describable(dy, q, *keys) and lse.numel() < 2**31
+    group = H // k.shape[2]
+    common = {"H": H, "C": block, "R": rank, "K": K, "DOCUMENTS": cu_seqlens is not None, "DESCRIBED": by_tma,
+              "PRECISION": precision(q.dtype)}
     first = entries(cu_seqlens, block)
-    BK, (BT, BS, warps, stages) = tiling("dq", q)
+    BK, (BT, BS, warps, stages) = tiling("dq", q, by_tma)
     tiles = None if cu_seqlens is None else document_chunks(cu_seqlens, T, BT)
     NT = triton.cdiv(T, BT) if tiles is None else len(tiles)
     with torch.cuda.device_of(q):
         dq_kernel[(NT * B * H,)](
-            q, k, v, k_past, v_past, y, dy, lse, delta, dq, tiles, cu_seqlens, first, T, NT, B * H, section(k) * group,
-            scale, scale * LOG2E.value, *strides(q), *strides(k), *strides(v), *strides(k_past), *strides(v_past),
+            *(described(x, BS) if by_tma else None for x in keys),
+            q, *keys, y, dy, lse, delta, dq, tiles, cu_seqlens, first, T, NT, B * H, section(k) * group,
+            scale, scale * LOG2E.value, *strides(q), *(n for x in keys for n in strides(x)),
             *strides(y), *strides(dy), *strides(dq), GROUP=group, BT=BT, BS=BS, BK=BK, num_warps=warps,
             num_stages=stages, **common)
-        BK, (BT, BS, warps, stages) = tiling("dkdv", q)
+        BK, (BT, BS, warps, stages) = tiling("dkdv", q, by_tma)
+        rows = (None,) * 4
+        if by_tma:
+            rows = described(q, BT), described(dy, BT), described_lines(lse, BT), described_lines(delta, BT)
         for k_, v_, dk_, dv_ in ((k, v, dk, dv), (k_past, v_past, dk_past, dv_past)):
             summaries = k_ is k_past
             if k_ is None or not k_.numel():
@@ -215,8 +252,13 @@ def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, k_past: Tensor | None,
                 NT = len(tiles)
             shared = 1 if summaries else group
             dkdv_kernel[(NT * B * k_.shape[2],)](
-                q, k_, v_, dy, lse, delta, dk_, dv_, tiles, cu_seqlens, first, T, S, NT, B * k_.shape[2],
+                *rows, q, k_, v_, dy, lse, delta, dk_, dv_, tiles, cu_seqlens, first, T, S, NT, B * k_.shape[2],
                 max(1, section(q) // shared), scale, scale * LOG2E.value, *strides(q), *strides(k_), *strides(v_),
                 *strides(dy), *strides(dk_), *strides(dv_), GROUP=shared, SUMMARIES=summaries, BT=BT, BS=BS, BK=BK,
                 num_warps=warps, num_stages=stages, **common)
     return dq, dk, dv, dk_past, dv_past
+
+
+def described_lines(x: Tensor, size: int) -> TensorDescriptor:
+    """lse or D, for TMA in pieces of `size`."""
+    return TensorDescriptor(x.view(-1), [x.numel()], [1], [size])

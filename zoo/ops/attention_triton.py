@@ -18,7 +18,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 @torch.library.custom_op("zoo::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor, k_past: Tensor | None, v_past: Tensor | None, block: int, rank: int,
               cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """All of one dtype: q [B, T, H, K], k, v [B, T, G, K] -> y [B, T, H, K], lse [B, H, T] in base 2.
+    """All of one dtype: q [B, T, H, K], k, v [B, T, G, K] -> y [B, T, H, K], lse [B, H, T + padding].
 
     Causal where block is 0, else block attention over summaries k_past, v_past [B, M rank, H, K]. Kept for the backward
     pass beside the inputs: y, and 4 bytes of lse a row and head. That pass takes as much again, and its results.
@@ -32,7 +32,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, k_past: Tensor | None, v_past: Te
 def _(q: Tensor, k: Tensor, v: Tensor, k_past: Tensor | None, v_past: Tensor | None, block: int, rank: int,
       cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     B, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(B, H, (T + 15) // 16 * 16, dtype=torch.float32)
 
 
 @torch.library.custom_op("zoo::attention_backward", mutates_args=())
