@@ -31,7 +31,8 @@ from torch import Tensor
 
 from zoo.kernels._common import cdiv, cut_documents, dot, power_of_two, precision
 
-VARYING = ["T", "SEGMENT", "SEGMENTS", "DOCUMENTS", "BEFORE", "AFTER"]  # change from batch to batch: in no compile key
+# These change from batch to batch, and are in no compile key.
+VARYING = ["T", "SEGMENT", "SEGMENTS", "DOCUMENTS", "FROM_END", "BEFORE", "AFTER"]
 
 
 @triton.jit
@@ -46,6 +47,18 @@ def place(i_row, p_rows, p_borders, T, SEGMENT, SEGMENTS, DOCUMENTS):
         length = tl.where(i_n >= 0, tl.load(p_borders + tl.maximum(i_n, 0) + 1).to(tl.int64) - start, 0)
         i_b = i_row * 0
     return i_b, start + i_s * SEGMENT, tl.maximum(tl.minimum(length - i_s * SEGMENT, SEGMENT), 0)
+
+
+@triton.jit
+def ending(i_row, p_rows, p_borders, T, SEGMENT, SEGMENTS, DOCUMENTS, REVERSE):
+    """The row or document of segment i_row, and whether a walk (from the end if REVERSE) ends with that segment."""
+    i_n, i_s, length = i_row // SEGMENTS, i_row % SEGMENTS, i_row * 0 + T
+    if DOCUMENTS:
+        i_n = tl.load(p_rows + 2 * i_row).to(tl.int64)
+        i_s = tl.load(p_rows + 2 * i_row + 1).to(tl.int64)
+        p_borders += tl.maximum(i_n, 0)
+        length = tl.load(p_borders + 1).to(tl.int64) - tl.load(p_borders).to(tl.int64)
+    return i_n, (i_n >= 0) & tl.where(REVERSE != 0, i_s == 0, (i_s + 1) * SEGMENT >= length)
 
 
 @triton.jit
@@ -83,7 +96,7 @@ def walk_kernel(
     KEEP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """y of BV columns of a segment, from the state before it (behind it if REVERSE); the state after it.
+    """y of BV columns of a segment, from the state before it (behind it if REVERSE); the last state if AFTER.
 
     States are [R, H, K, V], or [R, H, V, K] if TRANSPOSED. With BK under K, the share of BK rows of the state in y.
     """
@@ -120,17 +133,18 @@ def walk_kernel(
         b_y = dot(b_scores.to(OPERAND), b_v, b_y, PRECISION)
         b_state = dot(tl.trans(b_k), b_v, b_state, PRECISION)
         put(p_y, b_y, first, length, o_t, o_v, H * V, V)
-    p_after += (i_row * H + i_h) * (K * V)
-    tl.store(p_after + o_state, b_state, mask=m_state & (AFTER != 0))
+    i_n, ends = ending(i_row, p_rows, p_borders, T, SEGMENT, SEGMENTS, DOCUMENTS, REVERSE)
+    p_after += (i_n * H + i_h) * (K * V)
+    tl.store(p_after + o_state, b_state, mask=m_state & ends & (AFTER != 0))
 
 
 @triton.jit(do_not_specialize=VARYING)
 def sums_kernel(
-    p_k, p_v, p_sums, p_rows, p_borders, T, SEGMENT, SEGMENTS, DOCUMENTS, k_b, k_t, k_h, v_b, v_t, v_h,
+    p_k, p_v, p_sums, p_rows, p_borders, T, SEGMENT, SEGMENTS, DOCUMENTS, FROM_END, k_b, k_t, k_h, v_b, v_t, v_h,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """sum_t k_t^T v_t of a segment, BK rows and BV columns of it."""
+    """sum_t k_t^T v_t of a segment, BK rows and BV columns of it; not of one that nobody stands behind."""
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     i = tl.program_id(0).to(tl.int64)
@@ -140,13 +154,15 @@ def sums_kernel(
     o_v = i_v.to(tl.int32) * BV + tl.arange(0, BV)
     p_k += i_b * k_b + start * k_t + i_h * k_h
     p_v += i_b * v_b + start * v_t + i_h * v_h
+    _, ends = ending(i_row, p_rows, p_borders, T, SEGMENT, SEGMENTS, DOCUMENTS, FROM_END)
+    length = tl.where(ends, 0, length)
     b_state = tl.zeros([BK, BV], tl.float32)
     for first in range(0, length, BT):
         b_k = tile(p_k, first, length, o_t, o_k, k_t, K, OPERAND)
         b_v = tile(p_v, first, length, o_t, o_v, v_t, V, OPERAND)
         b_state = dot(tl.trans(b_k), b_v, b_state, PRECISION)
     o_state = (i_row * H + i_h) * (K * V) + o_k[:, None] * V + o_v[None, :]
-    tl.store(p_sums + o_state, b_state, mask=(o_k < K)[:, None] & (o_v < V)[None, :])
+    tl.store(p_sums + o_state, b_state, mask=(o_k < K)[:, None] & (o_v < V)[None, :] & (length > 0))
 
 
 @triton.jit(do_not_specialize=["SEGMENTS", "DOCUMENTS", "BEFORE"])
@@ -238,7 +254,10 @@ def last_contiguous(x: Tensor) -> Tensor:
 
 
 def scan(sums: Tensor, first: Tensor | None, rows: Rows, reverse: bool) -> tuple[Tensor, Tensor]:
-    """Sums of segments [R, H, ...] -> the state before (behind) each, and the last of each row [N, H, ...]."""
+    """Sums of segments [R, H, ...] -> the state before (behind) each, and the last of each row [N, H, ...].
+
+    The segments that rows end with count in the last state alone, and may be anything for who finds it otherwise.
+    """
     states = torch.empty_like(sums)
     last = sums.new_empty(rows.number, *sums.shape[1:])
     size = sums[0].numel()
@@ -252,16 +271,16 @@ def scan(sums: Tensor, first: Tensor | None, rows: Rows, reverse: bool) -> tuple
 
 
 def states(k: Tensor, v: Tensor, first: Tensor | None, rows: Rows, reverse: bool,
-           dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """What `walk` starts each segment from; and the last states, or None where it shall find them itself."""
-    if rows.whole:
-        return first, None
+           dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    """What `walk` starts each segment from; and room for its last states, filled already where there are no tokens."""
     H, K, V = *k.shape[2:], v.shape[3]
+    if rows.whole:
+        return first, torch.empty(rows.number, H, K, V, dtype=torch.float32, device=k.device)
     sums = torch.empty(rows.count, H, K, V, dtype=torch.float32, device=k.device)
     BK, BT, BV, warps, stages = tiling(K, V, dtype)
     sums_kernel[(rows.count * H * cdiv(K, BK) * cdiv(V, BV),)](
-        k, v, sums, *rows.place(k.device), *k.stride()[:3], *v.stride()[:3], H=H, K=K, V=V, BT=BT, BK=BK, BV=BV,
-        OPERAND=NAMES[dtype], PRECISION=precision(dtype), num_warps=warps, num_stages=stages)
+        k, v, sums, *rows.place(k.device), int(reverse), *k.stride()[:3], *v.stride()[:3], H=H, K=K, V=V, BT=BT, BK=BK,
+        BV=BV, OPERAND=NAMES[dtype], PRECISION=precision(dtype), num_warps=warps, num_stages=stages)
     return scan(sums, first, rows, reverse)
 
 
@@ -295,15 +314,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, cu_se
     """q, k [B, T, H, K], v [B, T, H, V], initial_state [N, H, K, V] -> y in v's type, the last states in float32."""
     dtype = operand(q, k, v)
     q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
-    B, T, H, K = q.shape
+    B, T, H, _ = q.shape
     rows = Rows(B, T, H * cdiv(v.shape[3], 64), cu_seqlens)
     first = None if initial_state is None else initial_state.float().contiguous()
     with torch.cuda.device_of(q):
         before, last = states(k, v, first, rows, False, dtype)
-        after = None
-        if last is None:
-            last = after = torch.empty(B, H, K, v.shape[3], dtype=torch.float32, device=q.device)
         if not rows.count * H:
             return v.new_empty(v.shape), last
-        y = walk(q, k, v, v.dtype, before, after, rows, dtype, kept=kept, every=0 if kept is None else KEEP)
+        y = walk(q, k, v, v.dtype, before, last, rows, dtype, kept=kept, every=0 if kept is None else KEEP)
     return y, last

@@ -21,6 +21,7 @@ from zoo.kernels.linear_attention import (
     NAMES,
     VARYING,
     Rows,
+    ending,
     kept,
     last_contiguous,
     nothing,
@@ -36,7 +37,7 @@ from zoo.kernels.linear_attention import (
 @triton.jit(do_not_specialize=VARYING)
 def back_kernel(
     p_q, p_k, p_v, p_dy, p_dq, p_dk, p_dv, p_behind, p_dfirst, p_kept, p_rows, p_borders, T, SEGMENT, SEGMENTS,
-    DOCUMENTS, BEFORE, AFTER, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dy_b, dy_t, dy_h,
+    DOCUMENTS, BEFORE, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dy_b, dy_t, dy_h,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -88,8 +89,9 @@ def back_kernel(
         put(p_dv, b_dv, first, length, o_t, o_v, H * V, V)
         b_d = dot(tl.trans(b_q), b_dy, b_d, PRECISION)
         b_d_turned = dot(tl.trans(b_dy), b_q, b_d_turned, PRECISION)
-    p_dfirst += (i_row * H + i_h) * (K * V)
-    tl.store(p_dfirst + o_state, b_d, mask=m_state & (AFTER != 0))
+    i_n, ends = ending(i_row, p_rows, p_borders, T, SEGMENT, SEGMENTS, DOCUMENTS, True)
+    p_dfirst += (i_n * H + i_h) * (K * V)
+    tl.store(p_dfirst + o_state, b_d, mask=m_state & ends)
 
 
 BACK = (4, 2)  # warps, stages
@@ -106,24 +108,20 @@ def backward(dy: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, 
     first, behind = (None if x is None else x.float().contiguous() for x in (initial_state, dlast))
     with torch.cuda.device_of(q):
         behind, dfirst = states(q, dy, behind, rows, True, dtype)
-        after = None
-        if dfirst is None:
-            dfirst = after = torch.empty(B, H, K, V, dtype=torch.float32, device=q.device)
         if not rows.count * H:
             return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dfirst
         if states_kept is None:
             before, _ = states(k, v, first, rows, False, dtype)
             dq = walk(dy, v, k, q.dtype, before, None, rows, dtype, transposed=True)
-            dv = walk(k, q, dy, v.dtype, behind, after, rows, dtype, reverse=True)
+            dv = walk(k, q, dy, v.dtype, behind, dfirst, rows, dtype, reverse=True)
             dk = walk(v, dy, q, k.dtype, behind, None, rows, dtype, reverse=True, transposed=True)
             return dq, dk, dv, dfirst
         dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-        none = nothing(q.device, torch.float32)
         warps, stages = BACK
+        behind = nothing(q.device, torch.float32) if behind is None else behind
         back_kernel[(rows.count * H,)](
-            q, k, v, dy, dq, dk, dv, none if behind is None else behind, none if after is None else after, states_kept,
-            *rows.place(q.device), int(behind is not None), int(after is not None), *q.stride()[:3], *k.stride()[:3],
-            *v.stride()[:3], *dy.stride()[:3], H=H, K=K, V=V, BT=KEEP, BK=max(16, power_of_two(K)),
-            BV=max(16, power_of_two(V)), OPERAND=NAMES[dtype], PRECISION=precision(dtype), num_warps=warps,
-            num_stages=stages)
+            q, k, v, dy, dq, dk, dv, behind, dfirst, states_kept, *rows.place(q.device), int(behind.numel() > 0),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dy.stride()[:3], H=H, K=K, V=V, BT=KEEP,
+            BK=max(16, power_of_two(K)), BV=max(16, power_of_two(V)), OPERAND=NAMES[dtype], PRECISION=precision(dtype),
+            num_warps=warps, num_stages=stages)
     return dq, dk, dv, dfirst
