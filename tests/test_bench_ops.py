@@ -402,7 +402,7 @@ def test_what_is_measured_is_kept(run, tmp_path: Path, monkeypatch: pytest.Monke
     (("--ops", "softmax"), "unknown op 'softmax'; allowed: aft_conv, aft_full"),
     (("--lengths", "12,x"), "lengths: 'x' is not allowed: whole numbers"),
     (("--lengths", "0"), "lengths=[0] are not allowed"),
-    (("--workers", "-1"), "--workers"),
+    (("--workers", "-1"), "workers=-1 is not allowed: whole numbers from 0"),
     (("--csv", __file__), "rows cannot be added to this file"),
     (("--csv", "/missing/ops.csv"), "cannot write /missing/ops.csv"),
     (("--plot", "ops.jpeg2"), "a name that ends in .svg"),

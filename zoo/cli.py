@@ -144,7 +144,7 @@ def bench_ops(
     lengths: Annotated[str, typer.Option(help="T, with commas; 256,512 on a CPU, 512 to 32768 on a GPU.")] = "",
     seconds: Annotated[float, typer.Option(help="How long to measure an op; first calls are not counted.")] = 20.0,
     tuning: Annotated[float, typer.Option(help="Seconds that a library may tune itself for a head size.")] = 300.0,
-    workers: Annotated[int, typer.Option(help="Processes that compile kernels before; 0: none.", min=0)] = 4,
+    workers: Annotated[int, typer.Option(help="Processes that compile kernels before; 0: none.")] = 4,
     limit: Annotated[float, typer.Option(help="Seconds after which nothing new is begun.")] = float("inf"),
     csv: Annotated[Path | None, typer.Option(help="Write the rows into this file, too; its other rows stay.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time against T into this file (.svg, .png or .pdf).")] = None,

@@ -94,6 +94,8 @@ def bench_ops(ops: Sequence[str] | None = None, *, device: torch.device, lengths
     as many processes as `workers` says. What has not begun `limit` seconds after the call is left out, and named.
     progress(op, share of its cases done).
     """
+    if workers < 0:
+        raise ZooError(f"workers={workers} is not allowed: whole numbers from 0")
     end = time.monotonic() + limit
     chosen = [choose("op", name, OPS) for name in ops] if ops is not None else list(OPS)
     planned = {op: cases(op, device, lengths) for op in chosen}
