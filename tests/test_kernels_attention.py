@@ -20,6 +20,7 @@ from kernel_cases import (
 from torch import Tensor
 
 from zoo.errors import ZooError
+from zoo.kernels.attention import describable
 from zoo.ops import attention_triton
 from zoo.ops.attention import block_attention, causal_attention
 from zoo.ops.backend import use_backend
@@ -183,6 +184,24 @@ def test_views_and_expanded_gradients(C: int) -> None:
         with use_backend(backend):
             y = op(C)(*a.chunk(3, dim=2), *rest)
             results.append([y, *torch.autograd.grad(y.sum(), [a, *rest])])
+    for x, expected in zip(*results, strict=True):
+        assert (x - expected).norm() < TOLERANCE * expected.norm()
+
+
+@pytest.mark.parametrize("C", [0, 16])
+@pytest.mark.parametrize("gap", [8, 1])
+def test_strides_that_tma_takes_or_not(gap: int, C: int) -> None:
+    """Rows `gap` numbers apart: tiles come by TMA if that keeps them aligned to 16 bytes, else by pointers."""
+    inputs = {name: torch.cat([x, x[..., :gap]], -1)[..., :16] for name, x in small(C).items()}
+    able = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
+    assert describable(*inputs.values()) == (able and gap == 8)
+    results = []
+    for backend, wide in (("triton", DTYPE), ("eager", torch.float64)):
+        leaves = [x.to(wide).requires_grad_() for x in inputs.values()]
+        assert leaves[0].stride() == inputs["q"].stride() or wide != DTYPE
+        with use_backend(backend):
+            y = op(C)(*leaves)
+            results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
     for x, expected in zip(*results, strict=True):
         assert (x - expected).norm() < TOLERANCE * expected.norm()
 
