@@ -155,28 +155,32 @@ def walk_kernel(
         i_c = tl.load(p_chunks + tl.maximum(i_n, 0)).to(tl.int64)
     i_c += i_s * (SIZE // BT)
     chunks = (length + BT - 1) // BT
-    o = ((i_c + (chunks - 1 if QUERIES else 0)) * H + i_h) * MP + o_m
-    m = (o_m < MP) & (chunks > 0) & (SUMS == 0)
-    tl.store(p_states + o[:, None] * VP + o_v[None, :], b_state.to(OPERAND), mask=m[:, None])
-    tl.store(p_z + o, b_z, mask=m & (i_v == 0))
+    i_c = (i_c + (chunks - 1 if QUERIES else 0)) * H + i_h  # the first chunk's place among all states
+    p_states += i_c * (MP * VP) + o_m[:, None] * VP + o_v[None, :]
+    p_z += i_c * MP + o_m
+    STEP: tl.constexpr = -H if QUERIES else H
+    keep = (SUMS == 0) & (chunks > 0)
+    tl.store(p_states, b_state.to(OPERAND), mask=keep)
+    tl.store(p_z, b_z, mask=keep & (i_v == 0))
     for j in range(0, chunks):
         n = chunks - 1 - j if QUERIES else j
         first = n * BT
         here = tl.minimum(length - first, BT).to(tl.int32)
+        b_weight = tl.load(p_weight + o_row + first + o_t, mask=o_t < here, other=0.0) if QUERIES else 1.0
         b_x, b_c = side(tile(p_x + first * x_t, here, o_t, o_k, x_t, K), p_log + o_row + first if QUERIES else p_log,
                         here, o_t, EXPONENT, QUERIES, True)
         b_v = tile(p_v + first * v_t, here, o_t, o_v, v_t, V)
         b_f = features(b_x, b_c, b_w, b_shift, True, PRECISION)
         if QUERIES:
-            b_weight = tl.load(p_weight + o_row + first + o_t, mask=o_t < here, other=0.0)
             b_z += tl.sum(b_f * b_weight[None, :], 1)
         else:
             b_z += tl.sum(b_f, 1)
         b_state = dot(b_f.to(OPERAND), b_v.to(OPERAND), b_state, PRECISION)
-        o += -H * MP if QUERIES else H * MP
-        m = (o_m < MP) & (j + 1 < chunks) & (SUMS == 0)
-        tl.store(p_states + o[:, None] * VP + o_v[None, :], b_state.to(OPERAND), mask=m[:, None])
-        tl.store(p_z + o, b_z, mask=m & (i_v == 0))
+        keep = (SUMS == 0) & (j + 1 < chunks)
+        p_states += STEP * MP * VP
+        p_z += STEP * MP
+        tl.store(p_states, b_state.to(OPERAND), mask=keep)
+        tl.store(p_z, b_z, mask=keep & (i_v == 0))
     if SUMS != 0:
         p_to = p_sums + i_row * (H * M * (V + 1)) + o_z
     else:
@@ -218,18 +222,20 @@ def read_kernel(
             b_e = dot(b_a, tl.trans(b_w), tl.zeros([BT, BM], tl.float32), PRECISION)
             b_max = tl.maximum(b_max, tl.max(b_e + tl.load(p_shift + o_m)[None, :], 1))
         b_ac = -b_max
+    p_states += (i_c * H + i_h) * (MP * VP)
+    p_z += (i_c * H + i_h) * MP
     for i_m in range(0, MP, BM):
         o_m = i_m + tl.arange(0, BM)
-        o = (i_c * H + i_h) * MP + o_m
         b_w = tl.load(p_w + o_m[:, None] * BK + o_k[None, :])
+        b_fb = features(b_b, b_bc, b_w, tl.load(p_shift + (0 if BACKWARD else MP) + o_m), True, PRECISION).to(OPERAND)
         b_fa = features(b_a, b_ac, b_w, tl.load(p_shift + (MP if BACKWARD else 0) + o_m), False, PRECISION)
-        b_fb = features(b_b, b_bc, b_w, tl.load(p_shift + (0 if BACKWARD else MP) + o_m), True, PRECISION)
-        b_state = tl.load(p_states + o[:, None] * VP + o_v[None, :])
+        b_state = tl.load(p_states + o_m[:, None] * VP + o_v[None, :])
         if not BACKWARD:
             b_sum += tl.sum(b_fa, 1)
-            b_den += tl.sum(b_fa * tl.load(p_z + o)[None, :], 1)
-        b_scores = dot(b_fa.to(OPERAND), b_fb.to(OPERAND), b_scores, PRECISION)
-        b_y = dot(b_fa.to(OPERAND), b_state, b_y, PRECISION)
+            b_den += tl.sum(b_fa * tl.load(p_z + o_m)[None, :], 1)
+        b_fa = b_fa.to(OPERAND)
+        b_scores = dot(b_fa, b_fb, b_scores, PRECISION)
+        b_y = dot(b_fa, b_state, b_y, PRECISION)
     seen = o_t[:, None] <= o_t[None, :] if BACKWARD else o_t[:, None] >= o_t[None, :]
     b_scores = tl.where(seen, b_scores, 0.0)
     b_v = tile(p_v + i_b * v_b + start * v_t + i_h * v_h, here, o_t, o_v, v_t, V)

@@ -68,21 +68,20 @@ def gradient_kernel(
     b_a, b_ac = side(tile(p_a, here, o_t, o_k, a_t, K), p_log + o_row, here, o_t, EXPONENT, not KEYS, True)
     b_b, b_bc = side(tile(p_b + i_b * b_b + start * b_t + i_h * b_h, here, o_t, o_k, b_t, K), p_log + o_row, here, o_t,
                      EXPONENT, KEYS, True)
+    b_factor, ADDED = (tl.full([BT], 1.0, tl.float32), 0.0) if KEYS else (b_dd, EPS)
     b_da, b_rows = tl.zeros([BT, BK], tl.float32), tl.zeros([BT], tl.float32)
+    p_states += (i_c * H + i_h) * (MP * VP)
+    p_z += (i_c * H + i_h) * MP
     for i_m in range(0, MP, BM):
         o_m = i_m + tl.arange(0, BM)
-        o = (i_c * H + i_h) * MP + o_m
         b_w = tl.load(p_w + o_m[:, None] * BK + o_k[None, :])
-        b_fb = features(b_b, b_bc, b_w, tl.load(p_shift + (0 if KEYS else MP) + o_m), False, PRECISION)
+        b_fb = features(b_b, b_bc, b_w, tl.load(p_shift + (0 if KEYS else MP) + o_m), False, PRECISION).to(OPERAND)
         b_fa = features(b_a, b_ac, b_w, tl.load(p_shift + (MP if KEYS else 0) + o_m), False, PRECISION)
-        b_state, b_z = tl.load(p_states + o[:, None] * VP + o_v[None, :]), tl.load(p_z + o)
-        b_df = dot(b_u, tl.trans(b_state), tl.zeros([BT, BM], tl.float32), PRECISION)
-        b_df = dot(b_p, b_fb.to(OPERAND), b_df, PRECISION)
+        b_state, b_z = tl.load(p_states + o_m[:, None] * VP + o_v[None, :]), tl.load(p_z + o_m)
+        b_df = dot(b_u, tl.trans(b_state), b_factor[:, None] * (b_z[None, :] + ADDED), PRECISION)
+        b_de = b_fa * dot(b_p, b_fb, b_df, PRECISION)
         if KEYS:
-            b_de = b_fa * (b_df + b_z[None, :])
             b_rows += tl.sum(b_de, 1)
-        else:
-            b_de = b_fa * (b_df + b_dd[:, None] * (b_z[None, :] + EPS))
         b_w_gradient = tl.load(p_w_gradient + o_m[:, None] * BK + o_k[None, :])
         b_da = dot(b_de.to(OPERAND), b_w_gradient, b_da, PRECISION)
     if KEYS:
