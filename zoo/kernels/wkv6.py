@@ -8,15 +8,18 @@ With c_t the sum of the log decays from the chunk's start to t, S the state befo
 `_walk` goes over the chunks with the state alone (backward: with its gradient, from the end) and leaves it at every
 border. `_outputs` and `_gradients` have a program a chunk, and find there all that other chunks have to do with it.
 
-A chunk is one or several blocks of 16 tokens. Between halves of 16 or 32 tokens the border is the reference: r is
-decayed from it, k to it, no exponent above 0. Inside a block A is a product of tiles around half of the block's sum,
-exponents within +-LIMIT / 2, and where the block decays by more than e^-LIMIT in some channel, a loop over its tokens
-with exponents <= 0. Each exponent is a sum of the log decays that belong to it, none a difference.
+A chunk is one or two blocks of 16 tokens. Between two blocks the border is the reference: r is decayed from it, k to
+it, no exponent above 0. Inside a block A is a product of tiles around half of the block's sum, exponents within +-LIMIT
+/ 2; where a block decays by more than e^-LIMIT in some channel, it is halved again and again, and every border between
+two halves is the reference in its turn, as in the eager path. Each exponent is a sum of the log decays that belong to
+it.
 
 The gradient of a log decay is a sum over pairs s < t around it. Those from before to after the chunk are S dS'; those
 with one end outside, or in the other half, running sums of r dr or k dk (of the parts that these pairs gave); those
-inside a block, the difference of two such sums, from which neighbours (s = t - 1, no decay between) are left out: what
-does not belong to the result would drown a small one.
+inside a block that was not halved, the difference of two such sums, from which neighbours (s = t - 1, no decay between)
+are left out: what does not belong to the result would drown a small one.
+
+Sums over tokens are products with masks of 0 and 1: tensor cores do them, with no shuffles or barriers.
 
 Tokens after t change y_t by no bit, but for their decays: those of its block choose the reference, hence the rounding.
 
@@ -35,6 +38,7 @@ from zoo.kernels._common import dot
 from zoo.kernels.wkv6_parts import (
     NOTHING,
     Pieces,
+    chunk_size,
     chunk_slots,
     exp,
     log_decays,
@@ -48,62 +52,63 @@ from zoo.kernels.wkv6_parts import (
 
 
 @triton.jit
-def halves_x(b_r, b_k, own, half: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, OP: tl.constexpr,
-             EXACT: tl.constexpr, SPLIT: tl.constexpr):
-    """Blocks of 2 `half` tokens, cut in the middle: r of the later halves, k of the earlier ones; decay from or to it."""
+def exponents(own, BT: tl.constexpr, BK: tl.constexpr, OP: tl.constexpr, EXACT: tl.constexpr, SPLIT: tl.constexpr):
+    """Sums of log decays [BT, BK]: of the block before a token; after it; of all of it; of the chunk's other block."""
     i = tl.arange(0, BT)[:, None]
     j = tl.arange(0, BT)[None, :]
-    later = i // half % 2 == 1
-    x = tl.where(later, b_r, b_k)
-    border = tl.zeros([BT, BK], tl.float32)
-    if half > 1:  # neighbours have no decay between them
-        between = (i // half == j // half) & tl.where(later, j < i, j > i)
-        border = sums(tl.where(between, 1.0, 0.0), own, border, OP, EXACT, SPLIT)
-    return x, exp(border)
+    block = i // 16 == j // 16
+    none = tl.zeros([BT, BK], tl.float32)
+    before = sums(tl.where(block & (j < i), 1.0, 0.0), own, none, OP, EXACT, SPLIT)
+    after = sums(tl.where(block & (j > i), 1.0, 0.0), own, none, OP, EXACT, SPLIT)
+    other = none
+    if BT > 16:
+        other = sums(tl.where(block, 0.0, 1.0), own, none, OP, EXACT, SPLIT)
+    return before, after, before + own + after, other
 
 
 @triton.jit
-def halves(b_r, b_k, own, scores, half: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, OP: tl.constexpr,
-           PRECISION: tl.constexpr, EXACT: tl.constexpr, SPLIT: tl.constexpr):
-    """scores + A of the pairs with s in the earlier and t in the later half of the same block."""
+def between(own, level, BT: tl.constexpr, BK: tl.constexpr, OP: tl.constexpr, EXACT: tl.constexpr,
+            SPLIT: tl.constexpr):
+    """Decay [BT, BK] between a token and the middle of its block of 2^(level + 1) tokens."""
     i = tl.arange(0, BT)[:, None]
     j = tl.arange(0, BT)[None, :]
-    x, border = halves_x(b_r, b_k, own, half, BT, BK, OP, EXACT, SPLIT)
-    decayed = (x * border).to(OP)
-    found = dot(decayed, tl.trans(decayed), tl.zeros([BT, BT], tl.float32), PRECISION)
-    return scores + tl.where((i // half % 2 == 1) & (i // half == j // half + 1), found, 0.0)
+    same = (i >> level) == (j >> level)
+    later = (i >> level) % 2 == 1
+    return exp(sums(tl.where(same & tl.where(later, j < i, j > i), 1.0, 0.0), own, tl.zeros([BT, BK], tl.float32), OP,
+                    EXACT, SPLIT))
 
 
 @triton.jit
-def halves_backward(b_r, b_k, own, da, da_t, scores_t, b_dr, b_dk, b_dw, half: tl.constexpr, BT: tl.constexpr,
-                    BK: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
-                    SPLIT: tl.constexpr):
-    """The same pairs' part of A's transpose and of the gradients of r, k and the log decays."""
+def halves(x, border, level, BT: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr):
+    """A of the pairs with s in the earlier and t in the later half of a block of 2^(level + 1) tokens.
+
+    x: r of the later halves, k of the earlier ones; border: the decay between a token and the middle.
+    """
     i = tl.arange(0, BT)[:, None]
     j = tl.arange(0, BT)[None, :]
-    later = i // half % 2 == 1
-    pairs = later & (i // half == j // half + 1)
-    pairs_t = (i // half + 1 == j // half) & (j // half % 2 == 1)
-    x, border = halves_x(b_r, b_k, own, half, BT, BK, OP, EXACT, SPLIT)
-    decayed = (x * border).to(OP)
-    found = dot(decayed, tl.trans(decayed), tl.zeros([BT, BT], tl.float32), PRECISION)
-    scores_t += tl.where(pairs_t, found, 0.0)
+    x = (x * border).to(OP)
+    found = dot(x, tl.trans(x), tl.zeros([BT, BT], tl.float32), PRECISION)
+    return tl.where(((i >> level) % 2 == 1) & ((i >> level) == (j >> level) + 1), found, 0.0)
+
+
+@triton.jit
+def halves_backward(x, border, da, da_t, level, BT: tl.constexpr, BK: tl.constexpr, OP: tl.constexpr,
+                    PRECISION: tl.constexpr):
+    """The same pairs' gradient of x."""
+    i = tl.arange(0, BT)[:, None]
+    j = tl.arange(0, BT)[None, :]
+    pairs = ((i >> level) % 2 == 1) & ((i >> level) == (j >> level) + 1)
+    pairs_t = ((j >> level) % 2 == 1) & ((i >> level) + 1 == (j >> level))
     across = tl.where(pairs, da, tl.where(pairs_t, da_t, 0.0)).to(OP)
-    dx = dot(across, decayed, tl.zeros([BT, BK], tl.float32), PRECISION) * border
-    b_dr += tl.where(later, dx, 0.0)
-    b_dk += tl.where(later, 0.0, dx)
-    if half > 1:
-        beyond = (i // half == j // half) & tl.where(later, j > i, j < i)
-        b_dw = sums(tl.where(beyond, 1.0, 0.0), x * dx, b_dw, OP, EXACT, False)
-    return scores_t, b_dr, b_dk, b_dw
+    return dot(across, (x * border).to(OP), tl.zeros([BT, BK], tl.float32), PRECISION) * border
 
 
 @triton.jit(do_not_specialize=["T", "L", "pieces", "documents"])
-def _outputs(r, k, v, w, u, states, y, cu_seqlens, table, T, L, pieces, documents, H, K, V,
+def _outputs(r, k, v, w, u, states, y, pairs, cu_seqlens, table, T, L, pieces, documents, H, K, V,
              r_b, r_t, r_h, k_b, k_t, k_h, v_b, v_t, v_h, w_b, w_t, w_h,
              BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
-             EXACT: tl.constexpr, LIMIT: tl.constexpr):
-    """y of one chunk, head and block of values."""
+             EXACT: tl.constexpr, LIMIT: tl.constexpr, KEEP: tl.constexpr):
+    """y of one chunk, head and block of values; KEEP: A, which the backward pass wants, too."""
     i_h = tl.program_id(0) % H
     i_n, i_b, bos, last, i_c, slot, _ = place(
         tl.program_id(0) // H, T, L, pieces, documents, cu_seqlens, table, BT)
@@ -120,36 +125,39 @@ def _outputs(r, k, v, w, u, states, y, cu_seqlens, table, T, L, pieces, document
     i = o_r[:, None]
     j = o_r[None, :]
     block = i // 16 == j // 16
+    second = i >= 16
     r += i_b * r_b + bos * r_t + i_h * r_h
     k += i_b * k_b + bos * k_t + i_h * k_h
     v += i_b * v_b + bos * v_t + i_h * v_h
     w += i_b * w_b + bos * w_t + i_h * w_h
     SPLIT: tl.constexpr = w.dtype.element_ty != OP
-    none = tl.zeros([BT, BK], tl.float32)
-    b_r = rows(r, r_t, o_t, o_k, m_tk).to(tl.float32)
-    b_k = rows(k, k_t, o_t, o_k, m_tk).to(tl.float32)
     own = log_decays(w, w_t, o_t, o_k, m_tk)
-
-    from_middle = sums(tl.where(block, tl.where(j < i, 0.5, -0.5), 0.0), own, none, OP, EXACT, SPLIT)
-    if tl.max(from_middle) * 2 < LIMIT:
-        scores = dot((b_r * exp(from_middle)).to(OP), tl.trans((b_k * exp(-from_middle - own)).to(OP)),
-                     tl.zeros([BT, BT], tl.float32), PRECISION)
-        scores = tl.where(block & (i > j), scores, 0.0)
-    else:
-        scores = tl.zeros([BT, BT], tl.float32)
-        for level in tl.static_range(4):
-            scores = halves(b_r, b_k, own, scores, 1 << level, BT, BK, OP, PRECISION, EXACT, SPLIT)
-    for half in tl.static_range(16, 48, 16):
-        if half < BT:
-            scores = halves(b_r, b_k, own, scores, half, BT, BK, OP, PRECISION, EXACT, SPLIT)
-    b_u = tl.load(u + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-    bonus = tl.sum(b_r * b_u[None, :] * b_k, 1)
-    scores += tl.where(i == j, bonus[:, None], 0.0)
-
-    b_r *= exp(sums(tl.where(j < i, 1.0, 0.0), own, none, OP, EXACT, SPLIT))
+    before, after, all_, other = exponents(own, BT, BK, OP, EXACT, SPLIT)
+    b_r = rows(r, r_t, o_t, o_k, m_tk).to(tl.float32)
     b_state = tl.load(states + ((slot + i_c) * H + i_h) * K * V + o_v[:, None] * K + o_k[None, :],
                       mask=m_v[:, None] & m_k[None, :], other=0.0)
-    b_y = dot(b_r.to(OP), tl.trans(b_state), tl.zeros([BT, BV], tl.float32), PRECISION)
+    from_start = exp(before + tl.where(second, other, 0.0))
+    b_y = dot((b_r * from_start).to(OP), tl.trans(b_state), tl.zeros([BT, BV], tl.float32), PRECISION)
+
+    # pairs: a token with itself, with those of the block before, with those of its own
+    b_k = rows(k, k_t, o_t, o_k, m_tk).to(tl.float32)
+    b_u = tl.load(u + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    bonus = tl.sum(b_r * b_u[None, :] * b_k, 1)
+    scores = tl.where(i == j, bonus[:, None], 0.0)
+    if BT > 16:
+        scores += halves(tl.where(second, b_r, b_k), exp(tl.where(second, before, after)), 4, BT, OP, PRECISION)
+    if tl.max(-all_) < LIMIT:
+        found = dot((b_r * exp(before - all_ * 0.5)).to(OP), tl.trans((b_k * exp(after - all_ * 0.5)).to(OP)),
+                    tl.zeros([BT, BT], tl.float32), PRECISION)
+        scores += tl.where(block & (i > j), found, 0.0)
+    else:
+        for level in range(0, tl.minimum(last - i_c * BT, 4).to(tl.int32)):
+            x = tl.where((i >> level) % 2 == 1, rows(r, r_t, o_t, o_k, m_tk).to(tl.float32),
+                         rows(k, k_t, o_t, o_k, m_tk).to(tl.float32))
+            own = log_decays(w, w_t, o_t, o_k, m_tk)
+            scores += halves(x, between(own, level, BT, BK, OP, EXACT, SPLIT), level, BT, OP, PRECISION)
+    if KEEP and tl.program_id(1) == 0:
+        tl.store(pairs + ((slot + i_c) * H + i_h) * BT * BT + i * BT + j, scores.to(OP))
     b_v = rows(v, v_t, o_t, o_v, m_tv).to(OP)
     b_y = dot(scores.to(OP), b_v, b_y, PRECISION)
     y += ((i_b * T + bos) * H + i_h) * V
@@ -157,8 +165,8 @@ def _outputs(r, k, v, w, u, states, y, cu_seqlens, table, T, L, pieces, document
 
 
 @triton.jit(do_not_specialize=["T", "L", "pieces", "documents"])
-def _gradients(r, k, v, w, u, dy, states, dstates, dr, dk, dv, dw, du, cu_seqlens, table, T, L, pieces, documents,
-               H, K, V, r_b, r_t, r_h, k_b, k_t, k_h, v_b, v_t, v_h, w_b, w_t, w_h, dy_b, dy_t, dy_h,
+def _gradients(r, k, v, w, u, dy, states, pairs, dstates, dr, dk, dv, dw, du, cu_seqlens, table,
+               T, L, pieces, documents, H, K, V, r_b, r_t, r_h, k_b, k_t, k_h, v_b, v_t, v_h, w_b, w_t, w_h, dy_b, dy_t, dy_h,
                BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
                EXACT: tl.constexpr, LIMIT: tl.constexpr):
     """All gradients of one chunk and head, those of r, k, w, u as one block of values has them."""
@@ -182,6 +190,7 @@ def _gradients(r, k, v, w, u, dy, states, dstates, dr, dk, dv, dw, du, cu_seqlen
     i = o_r[:, None]
     j = o_r[None, :]
     block = i // 16 == j // 16
+    second = i >= 16
     r += i_b * r_b + bos * r_t + i_h * r_h
     k += i_b * k_b + bos * k_t + i_h * k_h
     v += i_b * v_b + bos * v_t + i_h * v_h
@@ -190,74 +199,95 @@ def _gradients(r, k, v, w, u, dy, states, dstates, dr, dk, dv, dw, du, cu_seqlen
     SPLIT: tl.constexpr = w.dtype.element_ty != OP
     none = tl.zeros([BT, BK], tl.float32)
     square = tl.zeros([BT, BT], tl.float32)
-    b_v = rows(v, v_t, o_t, o_v, m_tv).to(OP)
-    b_dy = rows(dy, dy_t, o_t, o_v, m_tv).to(OP)
+    o_slot = (slot + i_c) * H + i_h
+    o_state = o_slot * K * V + o_v[:, None] * K + o_k[None, :]
+    m_state = m_v[:, None] & m_k[None, :]
+    start = (i_b * T + bos) * H + i_h
+    o_out = (start + o_t[:, None] * H) * blocks * K + i_v * K + o_k[None, :]
 
-    # what values have to do with each other and with the states on both sides; pairs are wanted both ways round
+    # values with each other, wanted both ways round; with the states on both sides
+    b_dy = rows(dy, dy_t, o_t, o_v, m_tv).to(OP)
+    b_v = rows(v, v_t, o_t, o_v, m_tv).to(OP)
     da = dot(b_dy, tl.trans(b_v), square, PRECISION)
     da_t = dot(b_v, tl.trans(b_dy), square, PRECISION)
-    o_state = ((slot + i_c) * H + i_h) * K * V + o_v[:, None] * K + o_k[None, :]
-    m_state = m_v[:, None] & m_k[None, :]
     b_state = tl.load(states + o_state, mask=m_state, other=0.0)
     b_dr = dot(b_dy, b_state, none, PRECISION)
     b_dstate = tl.load(dstates + o_state, mask=m_state, other=0.0)
     b_dk = dot(b_v, b_dstate, none, PRECISION)
     through = tl.sum(b_state.to(tl.float32) * b_dstate.to(tl.float32), 0)
 
-    # from the chunk's start and to its end
+    # gradients of values: from the pairs, and to the chunk's end
     own = log_decays(w, w_t, o_t, o_k, m_tk)
+    before, after, all_, other = exponents(own, BT, BK, OP, EXACT, SPLIT)
     b_k = rows(k, k_t, o_t, o_k, m_tk).to(tl.float32)
-    to_end = exp(sums(tl.where(j > i, 1.0, 0.0), own, none, OP, EXACT, SPLIT))
+    to_end = exp(after + tl.where(second, 0.0, other))
     b_dv = dot((b_k * to_end).to(OP), tl.trans(b_dstate), tl.zeros([BT, BV], tl.float32), PRECISION)
+    b_dv = dot(tl.load(pairs + o_slot * BT * BT + j * BT + i), b_dy, b_dv, PRECISION)
+    tl.store(dv + start * V + o_t[:, None] * H * V + o_v[None, :], b_dv.to(dv.dtype.element_ty), mask=m_tv)
     b_dk *= to_end
+    b_dr *= exp(before + tl.where(second, other, 0.0))
+    b_dw = -through[None, :] * exp(all_ + other)  # less than nothing until it is stored: masks of its own, short-lived
     b_r = rows(r, r_t, o_t, o_k, m_tk).to(tl.float32)
-    b_dr *= exp(sums(tl.where(j < i, 1.0, 0.0), own, none, OP, EXACT, SPLIT))
-    b_dw = (through * exp(tl.sum(own, 0)))[None, :] + none
-    b_dw = sums(tl.where(j < i, 1.0, 0.0), b_k * b_dk, b_dw, OP, EXACT, False)
-    b_dw = sums(tl.where(j > i, 1.0, 0.0), b_r * b_dr, b_dw, OP, EXACT, False)
+    later_sum = b_r * b_dr  # for the decays before a token
+    earlier_sum = b_k * b_dk  # for those after it
+
+    # between the blocks, where a token's part is that of r, or of k
+    if BT > 16:
+        b_dw = sums(tl.where(block, 0.0, -1.0), tl.where(second, later_sum, earlier_sum), b_dw, OP, EXACT, False)
+        x = tl.where(second, b_r, b_k)
+        dx = halves_backward(x, exp(tl.where(second, before, after)), da, da_t, 4, BT, BK, OP, PRECISION)
+        b_dr += tl.where(second, dx, 0.0)
+        b_dk += tl.where(second, 0.0, dx)
+        dx *= x
+        later_sum += tl.where(second, dx, 0.0)
+        earlier_sum += tl.where(second, 0.0, dx)
+    b_dw = sums(tl.where(block & (j < i), -1.0, 0.0), earlier_sum, b_dw, OP, EXACT, False)
 
     # inside blocks
-    scores_t = tl.zeros([BT, BT], tl.float32)
-    from_middle = sums(tl.where(block, tl.where(j < i, 0.5, -0.5), 0.0), own, none, OP, EXACT, SPLIT)
-    if tl.max(from_middle) * 2 < LIMIT:
-        to_middle = exp(-from_middle - own)
-        from_middle = exp(from_middle)
-        later = (b_r * from_middle).to(OP)
+    if tl.max(-all_) < LIMIT:
+        to_middle = exp(after - all_ * 0.5)
         earlier = (b_k * to_middle).to(OP)
-        scores_t = tl.where(block & (i < j), dot(earlier, tl.trans(later), scores_t, PRECISION), 0.0)
+        from_middle = exp(before - all_ * 0.5)
         inside_r = dot(tl.where(block & (i > j + 1), da, 0.0).to(OP), earlier, none, PRECISION) * from_middle
-        inside_k = dot(tl.where(block & (i + 1 < j), da_t, 0.0).to(OP), later, none, PRECISION) * to_middle
         b_dr = dot(tl.where(block & (i == j + 1), da, 0.0).to(OP), b_k.to(OP), b_dr + inside_r, PRECISION)
+        later_sum += b_r * inside_r
+        later = (b_r * from_middle).to(OP)
+        inside_k = dot(tl.where(block & (i + 1 < j), da_t, 0.0).to(OP), later, none, PRECISION) * to_middle
         b_dk = dot(tl.where(block & (i + 1 == j), da_t, 0.0).to(OP), b_r.to(OP), b_dk + inside_k, PRECISION)
         inside_k *= b_k
-        b_dw = sums(tl.where(block & (j > i), 1.0, 0.0), b_r * inside_r - inside_k, b_dw - inside_k, OP, EXACT, True)
+        later_sum -= inside_k
+        b_dw += inside_k
     else:
-        for level in tl.static_range(4):
-            scores_t, b_dr, b_dk, b_dw = halves_backward(b_r, b_k, own, da, da_t, scores_t, b_dr, b_dk, b_dw,
-                                                         1 << level, BT, BK, OP, PRECISION, EXACT, SPLIT)
-    for half in tl.static_range(16, 48, 16):
-        if half < BT:
-            scores_t, b_dr, b_dk, b_dw = halves_backward(b_r, b_k, own, da, da_t, scores_t, b_dr, b_dk, b_dw,
-                                                         half, BT, BK, OP, PRECISION, EXACT, SPLIT)
-    start = (i_b * T + bos) * H + i_h
-    o_out = (start + o_t[:, None] * H) * blocks * K + i_v * K + o_k[None, :]
-    tl.store(dw + o_out, tl.where(own <= NOTHING, 0.0, b_dw).to(dw.dtype.element_ty), mask=m_tk)
+        for level in range(0, tl.minimum(last - i_c * BT, 4).to(tl.int32)):
+            later_half = (i >> level) % 2 == 1
+            x = tl.where(later_half, rows(r, r_t, o_t, o_k, m_tk).to(tl.float32),
+                         rows(k, k_t, o_t, o_k, m_tk).to(tl.float32))
+            own = log_decays(w, w_t, o_t, o_k, m_tk)
+            border = between(own, level, BT, BK, OP, EXACT, SPLIT)
+            dx = halves_backward(x, border, da, da_t, level, BT, BK, OP, PRECISION)
+            b_dr += tl.where(later_half, dx, 0.0)
+            b_dk += tl.where(later_half, 0.0, dx)
+            beyond = (i >> level == j >> level) & tl.where(later_half, j > i, j < i)
+            b_dw = sums(tl.where(beyond, -1.0, 0.0), x * dx, b_dw, OP, EXACT, False)
+    b_dw = sums(tl.where(block & (j > i), -1.0, 0.0), later_sum, b_dw, OP, EXACT, True)
+    own = log_decays(w, w_t, o_t, o_k, m_tk)
+    tl.store(dw + o_out, tl.where(own <= NOTHING, 0.0, -b_dw).to(dw.dtype.element_ty), mask=m_tk)
 
     # a token with itself
-    b_u = tl.load(u + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
-    bonus = tl.sum(b_r * b_u * b_k, 1)
-    scores_t += tl.where(i == j, bonus[:, None], 0.0)
-    b_dv = dot(scores_t.to(OP), b_dy, b_dv, PRECISION)
-    tl.store(dv + start * V + o_t[:, None] * H * V + o_v[None, :], b_dv.to(dv.dtype.element_ty), mask=m_tv)
     itself = tl.sum(tl.where(i == j, da, 0.0), 1)[:, None]
+    b_r = rows(r, r_t, o_t, o_k, m_tk).to(tl.float32)
+    b_k = rows(k, k_t, o_t, o_k, m_tk).to(tl.float32)
+    b_u = tl.load(u + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
     tl.store(dr + o_out, (b_dr + itself * b_u * b_k).to(dr.dtype.element_ty), mask=m_tk)
     tl.store(dk + o_out, (b_dk + itself * b_u * b_r).to(dk.dtype.element_ty), mask=m_tk)
     tl.store(p_du, tl.sum(itself * b_r * b_k, 0), mask=m_k)
 
 
 def forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None,
-            keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """r, k, w [B, T, H, K], v [B, T, H, V], u [H, K], initial [N, H, K, V] -> y, final state, chunks' states if `keep`.
+            keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """r, k, w [B, T, H, K], v [B, T, H, V], u [H, K], initial [N, H, K, V] -> y, final state, chunks' states and A.
+
+    The latter two, for the backward pass, have no elements if not `keep`.
 
     Columns of inputs must be adjacent, u, initial and cu_seqlens contiguous.
     """
@@ -269,21 +299,24 @@ def forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial: Tens
                         device=r.device)
     if cu_seqlens is not None or T == 0:  # documents without a token are nobody's
         final = final.zero_() if initial is None else final.copy_(initial)
+    slots, BT = chunk_slots(r, op, cu_seqlens), chunk_size(r, op)
+    new = torch.empty if cu_seqlens is None else torch.zeros  # some slots may stay unused, an output has no garbage
+    pairs = new(slots if keep else 0, H, BT, BT, dtype=op, device=r.device)
     if not y.numel():
-        return y, final, torch.zeros(chunk_slots(r, op, cu_seqlens) if keep else 0, H, V, K, dtype=op,
-                                     device=r.device)
-    states = walk(k, v, w, initial, final, chunk_slots(r, op, cu_seqlens), cu_seqlens, op, how, False)
+        return y, final, torch.zeros(len(pairs), H, V, K, dtype=op, device=r.device), pairs
+    states = walk(k, v, w, initial, final, slots, cu_seqlens, op, how, False)
     launch = numbers("outputs", r, v, op)
-    chunks = Pieces(r, cu_seqlens, launch["BT"])
+    chunks = Pieces(r, cu_seqlens, BT)
     _outputs[chunks.rows * H, triton.cdiv(V, launch["BV"])](
-        r, k, v, w, u, states, y, *chunks.numbers, H, K, V,
-        *r.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride()[:3], **launch, **how)
-    return y, final, states if keep else states.new_empty(0, H, V, K)
+        r, k, v, w, u, states, y, pairs, *chunks.numbers, H, K, V,
+        *r.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride()[:3], **launch, **how, KEEP=keep)
+    return y, final, states if keep else states.new_empty(0, H, V, K), pairs
 
 
-def backward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, states: Tensor, dy: Tensor, dfinal: Tensor | None,
-             cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients of r, k, v, w, u and the initial state (float32), from the chunks' states of `forward`."""
+def backward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, states: Tensor, pairs: Tensor, dy: Tensor,
+             dfinal: Tensor | None, cu_seqlens: Tensor | None
+             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of r, k, v, w, u and the initial state (float32), from what `forward` kept."""
     B, T, H, K = r.shape
     V = v.shape[-1]
     op, how = operands(r, k, v)
@@ -304,7 +337,7 @@ def backward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, states: Tens
     dv = torch.empty(B, T, H, V, dtype=v.dtype, device=v.device)
     du = torch.empty(chunks.rows, H, blocks, K, dtype=torch.float32, device=r.device)
     _gradients[chunks.rows * H, blocks](
-        r, k, v, w, u, dy, states, dstates, dr, dk, dv, dw, du, *chunks.numbers, H, K, V,
+        r, k, v, w, u, dy, states, pairs, dstates, dr, dk, dv, dw, du, *chunks.numbers, H, K, V,
         *r.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride()[:3], *dy.stride()[:3], **launch, **how)
     if blocks > 1:
         dr, dk, dw = (x.sum(3).to(like.dtype) for x, like in zip((dr, dk, dw), (r, k, w), strict=True))

@@ -98,7 +98,7 @@ def _walk(a, b, w, initial, borders, sums_, final, states, cu_seqlens, table, T,
     first = i_s * L
     last = tl.minimum(first + L, length)
     o_r = tl.arange(0, BT)
-    o_k = tl.arange(0, BK)
+    o_k = tl.program_id(2) * BK + tl.arange(0, BK)
     o_v = tl.program_id(1) * BV + tl.arange(0, BV)
     m_k = o_k < K
     m_v = o_v < V
@@ -170,15 +170,22 @@ def _scan(borders, sums_, initial, cu_seqlens, L, pieces, documents, H, K, V,
         b_state = b_state * decay[None, :] + added
 
 
-CONFIGS = {  # (class of K, bytes of an operand): tokens of a chunk; then of each kernel: most BV, warps, stages
-    (64, 2): (32, {"walk": (64, 4, 3), "outputs": (64, 4, 1), "gradients": (64, 4, 1)}),
-    (128, 2): (32, {"walk": (64, 4, 2), "outputs": (64, 4, 1), "gradients": (64, 8, 1)}),
-    (256, 2): (32, {"walk": (32, 8, 2), "outputs": (64, 8, 1), "gradients": (32, 8, 1)}),
-    (64, 4): (16, {"walk": (64, 4, 2), "outputs": (64, 4, 1), "gradients": (64, 4, 1)}),
-    (128, 4): (16, {"walk": (32, 4, 2), "outputs": (32, 4, 1), "gradients": (32, 8, 1)}),
-    (256, 4): (16, {"walk": (16, 8, 1), "outputs": (16, 8, 1), "gradients": (16, 8, 1)}),
+CONFIGS: dict[tuple[int, int], tuple[int, dict]] = {
+    # (class of K, bytes of an operand): tokens of a chunk; then of each kernel: most BK, most BV, warps, stages,
+    # registers a thread (None: as many as the compiler likes)
+    (64, 2): (32, {"walk": (32, 64, 4, 3, None), "outputs": (64, 64, 8, 1, 128), "gradients": (64, 64, 4, 1, None)}),
+    (128, 2): (32, {"walk": (32, 64, 4, 3, None), "outputs": (128, 64, 8, 1, None),
+                    "gradients": (128, 64, 8, 1, None)}),
+    (256, 2): (32, {"walk": (32, 64, 4, 3, None), "outputs": (256, 64, 8, 1, None),
+                    "gradients": (256, 32, 8, 1, None)}),
+    (64, 4): (16, {"walk": (32, 64, 4, 2, None), "outputs": (64, 64, 4, 1, None),
+                   "gradients": (64, 64, 4, 1, None)}),
+    (128, 4): (16, {"walk": (32, 64, 4, 2, None), "outputs": (128, 32, 4, 1, None),
+                    "gradients": (128, 32, 8, 1, None)}),
+    (256, 4): (16, {"walk": (32, 64, 4, 2, None), "outputs": (256, 16, 8, 1, None),
+                    "gradients": (256, 16, 8, 1, None)}),
 }
-PROGRAMS = 2  # for each multiprocessor, before documents are left in one piece
+PROGRAMS = 4  # of a walk, for each multiprocessor, where documents are cut
 SEGMENT = 256  # tokens at least, where they are cut
 
 
@@ -190,12 +197,12 @@ def chunk_size(r: Tensor, op: torch.dtype) -> int:
 def numbers(kernel: str, r: Tensor, v: Tensor, op: torch.dtype) -> dict:
     """The compile-time numbers and options of a launch."""
     K, V = r.shape[-1], v.shape[-1]
-    BK = max(16, power_of_two(K))
-    BT, kernels = CONFIGS[max(64, BK), op.itemsize]
-    BV, warps, stages = kernels[kernel]
+    BT, kernels = CONFIGS[max(64, power_of_two(K)), op.itemsize]
+    BK, BV, warps, stages, registers = kernels[kernel]
     names = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-    return {"BT": BT, "BK": BK, "BV": max(16, min(BV, power_of_two(V))), "OP": names[op], "num_warps": warps,
-            "num_stages": stages}
+    found = {"BT": BT, "BK": max(16, min(BK, power_of_two(K))), "BV": max(16, min(BV, power_of_two(V))),
+             "OP": names[op], "num_warps": warps, "num_stages": stages}
+    return found if registers is None else found | {"maxnreg": registers}
 
 
 def operands(*tensors: Tensor) -> tuple[torch.dtype, dict]:
@@ -233,12 +240,12 @@ class Pieces:
         self.numbers = self.cu_seqlens, self.table, T, length, self.per_row, self.documents
 
 
-def segments(r: Tensor, value_blocks: int, cu_seqlens: Tensor | None, BT: int) -> Pieces:
-    """As many segments as keep the GPU busy, of whole chunks."""
+def segments(r: Tensor, blocks: int, cu_seqlens: Tensor | None, BT: int) -> Pieces:
+    """As many segments as keep the GPU busy, of whole chunks; two would take as long, in two walks, as one in one."""
     B, T, H, _ = r.shape
     wanted = PROGRAMS * (torch.cuda.get_device_properties(r.device).multi_processor_count if r.is_cuda else 4)
-    pieces = max(1, min(wanted // (B * H * value_blocks), T // (SEGMENT if r.is_cuda else 32)))
-    return Pieces(r, cu_seqlens, max(1, -(-T // (BT * pieces))) * BT)
+    pieces = max(1, min(wanted // (B * H * blocks), T // (SEGMENT if r.is_cuda else 32)))
+    return Pieces(r, cu_seqlens, max(1, -(-T // (BT * (pieces if pieces > 2 else 1)))) * BT)
 
 
 def walk(a: Tensor, b: Tensor, w: Tensor, initial: Tensor | None, final: Tensor, slots: int,
@@ -247,8 +254,8 @@ def walk(a: Tensor, b: Tensor, w: Tensor, initial: Tensor | None, final: Tensor,
     H, K, V = *a.shape[2:], b.shape[-1]
     launch = numbers("walk", a, b, op)
     launch |= {key: how[key] for key in ("PRECISION", "EXACT")} | {"REVERSE": reverse}
-    blocks = triton.cdiv(V, launch["BV"])
-    cut = segments(a, blocks, cu_seqlens, launch["BT"])
+    blocks = triton.cdiv(V, launch["BV"]), triton.cdiv(K, launch["BK"])
+    cut = segments(a, blocks[0] * blocks[1], cu_seqlens, launch["BT"])
     rest = *cut.numbers, H, K, V, *a.stride()[:3], *b.stride()[:3], *w.stride()[:3]
     new = torch.empty if cu_seqlens is None else torch.zeros  # some slots may stay unused, an output has no garbage
     states = new(slots, H, V, K, dtype=op, device=a.device)
@@ -256,9 +263,9 @@ def walk(a: Tensor, b: Tensor, w: Tensor, initial: Tensor | None, final: Tensor,
     if cut.per_row > 1:
         borders, decay = (torch.empty(cut.slots, H, *size, dtype=torch.float32, device=a.device) for size in
                           ((V, K), (K,)))
-        _walk[cut.rows * H, blocks](a, b, w, None, borders, decay, final, states, *rest, **launch, KEEP=False)
+        _walk[cut.rows * H, *blocks](a, b, w, None, borders, decay, final, states, *rest, **launch, KEEP=False)
         _scan[len(final) * H, triton.cdiv(V, 16)](
-            borders, decay, initial, cut.cu_seqlens, *cut.numbers[3:], H, K, V, BK=launch["BK"], BV=16,
+            borders, decay, initial, cut.cu_seqlens, *cut.numbers[3:], H, K, V, BK=max(16, power_of_two(K)), BV=16,
             REVERSE=reverse)
-    _walk[cut.rows * H, blocks](a, b, w, initial, borders, decay, final, states, *rest, **launch, KEEP=True)
+    _walk[cut.rows * H, *blocks](a, b, w, initial, borders, decay, final, states, *rest, **launch, KEEP=True)
     return states

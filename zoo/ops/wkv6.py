@@ -33,9 +33,10 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, initial_
          cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """r, k, log_decay [B, T, H, K], v [B, T, H, V], u [H, K], state [B, H, K, V] -> (y [B, T, H, V], final state).
 
-    log_decay must be <= 0; [H, K] is one for all tokens: the WKV of RWKV-5. No state means zeros. Computes in float32 (float64 if given that), the type of the final
-    state; y has r's. With cu_seqlens [N + 1] (int32 or int64, on the device), N documents stand one after the other in
-    a row, B = 1, and states are [N, H, K, V], one a document; an empty document passes its state on.
+    log_decay must be <= 0; [H, K] is one for all tokens: the WKV of RWKV-5. No state means zeros. Computes in float32
+    (float64 if given that), the type of the final state; y has r's. With cu_seqlens [N + 1] (int32 or int64, on the
+    device), N documents stand one after the other in a row, B = 1, and states are [N, H, K, V], one a document; an empty
+    document passes its state on.
     """
     dtype = torch.promote_types(r.dtype, torch.float32)
     if log_decay.shape == r.shape[2:]:

@@ -30,7 +30,7 @@ def wkv6_triton(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, s
     r, k, v, log_decay = (x if x.stride(-1) == 1 else x.contiguous() for x in (r, k, v, log_decay))
     given = r, k, v, log_decay, u.contiguous(), None if state is None else state.contiguous()
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-    y, final, _ = _forward(*given, cu_seqlens, keep)
+    y, final, *_ = _forward(*given, cu_seqlens, keep)
     return y, final
 
 
@@ -47,8 +47,8 @@ def _check_shapes(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor,
 
 @torch.library.custom_op("zoo::wkv6", mutates_args=())
 def _forward(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, state: Tensor | None,
-             cu_seqlens: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """-> y, final state, and if `keep` the states before chunks, for the backward pass."""
+             cu_seqlens: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> y, final state, and if `keep`, for the backward pass, the states before chunks and their A."""
     from zoo.kernels import wkv6
 
     return wkv6.forward(r, k, v, log_decay, u, state, cu_seqlens, keep)
@@ -56,49 +56,50 @@ def _forward(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, stat
 
 @_forward.register_fake
 def _(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, state: Tensor | None,
-      cu_seqlens: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+      cu_seqlens: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from zoo.kernels import wkv6
 
     op, _ = wkv6.operands(r, k, v)
     documents = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     H, K, V = *r.shape[2:], v.shape[-1]
     slots = wkv6.chunk_slots(r, op, cu_seqlens) if keep else 0
+    size = wkv6.chunk_size(r, op)
     return (r.new_empty(*r.shape[:3], V), r.new_empty(documents, H, K, V, dtype=torch.float32),
-            r.new_empty(slots, H, V, K, dtype=op))
+            r.new_empty(slots, H, V, K, dtype=op), r.new_empty(slots, H, size, size, dtype=op))
 
 
 @torch.library.custom_op("zoo::wkv6_backward", mutates_args=())
-def _backward(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, states: Tensor, dy: Tensor,
-              dfinal: Tensor | None, cu_seqlens: Tensor | None
+def _backward(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, states: Tensor, pairs: Tensor,
+              dy: Tensor, dfinal: Tensor | None, cu_seqlens: Tensor | None
               ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of r, k, v, log_decay, u and the initial state."""
     from zoo.kernels import wkv6
 
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
-    return wkv6.backward(r, k, v, log_decay, u, states, dy, dfinal, cu_seqlens)
+    return wkv6.backward(r, k, v, log_decay, u, states, pairs, dy, dfinal, cu_seqlens)
 
 
 @_backward.register_fake
-def _(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, states: Tensor, dy: Tensor,
+def _(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, states: Tensor, pairs: Tensor, dy: Tensor,
       dfinal: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     documents = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dr, dk, dv, dw, du = (x.new_empty(x.shape) for x in (r, k, v, log_decay, u))
     return dr, dk, dv, dw, du, r.new_empty(documents, *r.shape[2:], v.shape[-1], dtype=torch.float32)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     r, k, v, log_decay, u, state, cu_seqlens, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(r, k, v, log_decay, u, output[2], cu_seqlens)
+    ctx.save_for_backward(r, k, v, log_decay, u, *output[2:], cu_seqlens)
     ctx.state_dtype = None if state is None else state.dtype
 
 
-def _gradients(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    r, k, v, log_decay, u, states, cu_seqlens = ctx.saved_tensors
+def _gradients(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    r, k, v, log_decay, u, states, pairs, cu_seqlens = ctx.saved_tensors
     if dy is None:
         dy = r.new_zeros(*r.shape[:3], v.shape[-1])
-    *grads, dinitial = _backward(r, k, v, log_decay, u, states, dy, dfinal, cu_seqlens)
+    *grads, dinitial = _backward(r, k, v, log_decay, u, states, pairs, dy, dfinal, cu_seqlens)
     return *grads, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), None, None
 
 
@@ -134,7 +135,7 @@ def _self_test(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...])
     given = [r, k, v, log_decay, randn(H, K), randn(B, H, K, V)]
     cotangents = randn(B, T, H, V).to(dtype), randn(B, H, K, V)
     leaves = [x.detach().requires_grad_() for x in given]
-    y, final, _ = _forward(*leaves, None, True)
+    y, final, *_ = _forward(*leaves, None, True)
     ours = [y, final, *torch.autograd.grad((y, final), leaves, cotangents)]
     wide = [x.detach().double().requires_grad_() for x in given]
     with use_backend("eager"):
