@@ -166,7 +166,8 @@ def _outputs(r, k, v, w, u, states, y, pairs, cu_seqlens, table, T, L, pieces, d
 
 @triton.jit(do_not_specialize=["T", "L", "pieces", "documents"])
 def _gradients(r, k, v, w, u, dy, states, pairs, dstates, dr, dk, dv, dw, du, cu_seqlens, table,
-               T, L, pieces, documents, H, K, V, r_b, r_t, r_h, k_b, k_t, k_h, v_b, v_t, v_h, w_b, w_t, w_h, dy_b, dy_t, dy_h,
+               T, L, pieces, documents, H, K, V,
+               r_b, r_t, r_h, k_b, k_t, k_h, v_b, v_t, v_h, w_b, w_t, w_h, dy_b, dy_t, dy_h,
                BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
                EXACT: tl.constexpr, LIMIT: tl.constexpr):
     """All gradients of one chunk and head, those of r, k, w, u as one block of values has them."""

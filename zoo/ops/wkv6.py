@@ -35,8 +35,8 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, initial_
 
     log_decay must be <= 0; [H, K] is one for all tokens: the WKV of RWKV-5. No state means zeros. Computes in float32
     (float64 if given that), the type of the final state; y has r's. With cu_seqlens [N + 1] (int32 or int64, on the
-    device), N documents stand one after the other in a row, B = 1, and states are [N, H, K, V], one a document; an empty
-    document passes its state on.
+    device), N documents stand one after the other in a row, B = 1, and states are [N, H, K, V], one a document; an
+    empty document passes its state on.
     """
     dtype = torch.promote_types(r.dtype, torch.float32)
     if log_decay.shape == r.shape[2:]:
