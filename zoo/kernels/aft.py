@@ -31,11 +31,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, local: bool,
     p = Problem(v, bias, local, cu_seqlens)
     blocks = p.blocks()
     table, largest = make_table(bias, p)
+    if p.walks:
+        y, inv, planes, flags = aft_local.walk(q, k, v, table, largest[1], p)
+        return y, inv, table, largest, v.new_empty(0, dtype=p.kind), planes, flags
     pairs, planes, flags = prepare(k, v, p, blocks)
     if local:
-        y, inv = aft_local.forward(q, k, v, table, largest[1], planes, p, blocks)
+        y, inv = aft_local.forward(q, k, v, table, largest[1], planes, flags, p, blocks)
     else:
-        y, inv = aft_full.forward(q, k, v, table, pairs, planes, p, blocks)
+        y, inv = aft_full.forward(q, k, v, table, pairs, planes, flags, p, blocks)
     return y, inv, table, largest, pairs, planes, flags
 
 
@@ -47,7 +50,7 @@ def backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dy: Tensor, y: Tenso
     inv, table, largest, pairs, planes, flags = kept
     p = Problem(v, bias, local, cu_seqlens)
     blocks = p.blocks()
-    dq, ab, seen = factors(q, k, dy, y, inv, planes, largest, p, blocks)
+    dq, ab, seen = factors(q, k, dy, y, inv, planes, flags, largest, p, blocks)
     if local:
         dk, dv, sums = aft_local.backward(q, k, v, dy, y, inv, ab, seen, table, planes, flags, p)
     else:
@@ -59,7 +62,7 @@ def results(q: Tensor, v: Tensor, bias: Tensor, local: bool, cu_seqlens: Tensor 
     """What `forward` returns, empty."""
     p = Problem(v, bias, local, cu_seqlens)
     Cp, n = p.Cp, p.chunks
-    flags = n * (Cp // p.channel_block("band" if local else "tiles"))
+    flags = n * (Cp // p.flag)
     shapes = ((q.shape, q.dtype), (q.shape, p.kind), (p.table_shape, p.kind), ((2, p.table_shape[0]), torch.float32),
               ((0,) if local else p.operand_shape, p.kind), ((6 if local else 4, n, Cp), torch.float32),
               ((flags,), torch.int32))

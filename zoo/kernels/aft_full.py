@@ -17,14 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._common import LOG2E, dot
-from zoo.kernels.aft_parts import Problem, document, flagged, locate, shares_of
+from zoo.kernels.aft_parts import Problem, document, flagged, locate, opening, power, raised, reciprocal, shares_of
 
 
-@triton.jit(do_not_specialize=["T", "P", "chunks", "slots", "group"])
-def forward_kernel(q, k, v, y, inv, table, pairs, planes, cu_seqlens, blocks, slots, group, T, P, columns, C, Cp,
+@triton.jit(do_not_specialize=["T", "P", "chunks", "slots", "last"])
+def forward_kernel(q, k, v, y, inv, table, pairs, planes, flags, cu_seqlens, blocks, slots, last, T, P, columns, C, Cp,
                    chunks, q_b, q_t, k_b, k_t, v_b, v_t, BT: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
-                   STAGES: tl.constexpr, PRECISION: tl.constexpr, DOCUMENTS: tl.constexpr):
-    i_n, i_t, i_c = locate(tl.program_id(0), blocks, slots, group, T, Cp, BT, BC, DOCUMENTS)
+                   STAGES: tl.constexpr, PRECISION: tl.constexpr, FLAG: tl.constexpr, DOCUMENTS: tl.constexpr):
+    i_n, i_t, i_c = locate(tl.program_id(0), blocks, slots, last, T, Cp, BT, BC, DOCUMENTS)
     if i_n < 0:
         return
     i_b, start, length, chunk = document(cu_seqlens, i_n, T, P, BT, DOCUMENTS)
@@ -34,15 +34,19 @@ def forward_kernel(q, k, v, y, inv, table, pairs, planes, cu_seqlens, blocks, sl
     plane = tl.cast(chunks, tl.int64) * Cp
     p_level = planes + chunk * Cp + o_c
     p_own = p_level + i_t * Cp
-    level, ref, low = tl.load(p_own), tl.load(p_own + plane), tl.load(p_own + 2 * plane)
-    slow = tl.max((ref < level).to(tl.int32), 0)
+    ref = tl.zeros([BC], tl.float32)
+    slow = i_t * 0
+    scaled = raised(flags, chunk + i_t, i_c, Cp, BC, FLAG)
+    if scaled:
+        ref = tl.load(p_own + plane)
+        slow = tl.max((ref < tl.load(p_own)).to(tl.int32), 0)
     p_a = table + i_t.to(tl.int64) * BT * columns + o_t[:, None] * columns + o_s[None, :]
     p_v = pairs + (chunk * BT + o_s[:, None]) * Cp + o_c[None, :]
     p_p = p_v + plane * BT
     b_num = tl.zeros([BT, BC], tl.float32)
     b_den = tl.zeros([BT, BC], tl.float32)
     end = (i_t + 1 - slow) * BT
-    if tl.max((low != ref).to(tl.int32), 0) > 0:
+    if scaled:
         for i_s in tl.range(0, end, BS, num_stages=1):
             f = tl.exp2(tl.load(p_level + (i_s // BT) * Cp) - ref)[None, :]
             b_a = tl.load(p_a + i_s)
@@ -72,18 +76,19 @@ def forward_kernel(q, k, v, y, inv, table, pairs, planes, cu_seqlens, blocks, sl
             b_m = b_next
     row = (i_t * BT + o_t)[:, None].to(tl.int64)
     mask = (row < length) & (o_c < C)[None, :]
-    b_inv = 1 / b_den
     b_q = tl.load(q + i_b * q_b + (start + row) * q_t + o_c[None, :], mask=mask, other=0).to(tl.float32)
     at = (i_b * T + start + row) * C + o_c[None, :]
-    tl.store(y + at, (tl.sigmoid(b_q) * b_num * b_inv).to(y.dtype.element_ty), mask=mask)
-    tl.store(inv + at, b_inv.to(inv.dtype.element_ty), mask=mask)
+    tl.store(inv + at, reciprocal(b_den).to(inv.dtype.element_ty), mask=mask)
+    b_y = b_num * reciprocal(b_den * opening(b_q))
+    tl.store(y + at, b_y.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "P", "chunks", "slots", "group"])
-def columns_kernel(q, k, v, dy, y, inv, ab, dk, dv, table, planes, cu_seqlens, blocks, slots, group, T, P, columns, C,
-                   Cp, chunks, q_b, q_t, k_b, k_t, v_b, v_t, dy_b, dy_t, BT: tl.constexpr, BS: tl.constexpr,
-                   BC: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, DOCUMENTS: tl.constexpr):
-    i_n, i_t, i_c = locate(tl.program_id(0), blocks, slots, group, T, Cp, BT, BC, DOCUMENTS)
+@triton.jit(do_not_specialize=["T", "P", "chunks", "slots", "last"])
+def columns_kernel(q, k, v, dy, y, inv, ab, dk, dv, table, planes, flags, cu_seqlens, blocks, slots, last, T, P,
+                   columns, C, Cp, chunks, q_b, q_t, k_b, k_t, v_b, v_t, dy_b, dy_t, BT: tl.constexpr, BS: tl.constexpr,
+                   BC: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, FLAG: tl.constexpr,
+                   DOCUMENTS: tl.constexpr):
+    i_n, i_t, i_c = locate(tl.program_id(0), blocks, slots, last, T, Cp, BT, BC, DOCUMENTS)
     if i_n < 0:
         return
     if not DOCUMENTS:
@@ -96,14 +101,17 @@ def columns_kernel(q, k, v, dy, y, inv, ab, dk, dv, table, planes, cu_seqlens, b
     p_ref = planes + plane + chunk * Cp + o_c
     n = tl.cdiv(length, BT)
     level, ref = tl.load(p_ref - plane + i_t * Cp), tl.load(p_ref + i_t * Cp)
-    slow = tl.max((ref < level).to(tl.int32), 0)
+    scaled = raised(flags, chunk + n - 1, i_c, Cp, BC, FLAG)
+    slow = i_t * 0
+    if scaled | raised(flags, chunk + i_t, i_c, Cp, BC, FLAG):
+        slow = tl.max((ref < level).to(tl.int32), 0)
     first = (i_t + slow) * BT
     p_table = table + first.to(tl.int64) * columns + o_s[:, None] * columns + i_t * BT + o_k[None, :]
     p_a = ab + (chunk * BT + first + o_s[:, None]) * Cp + o_c[None, :]
     p_b = p_a + plane * BT
     b_dv = tl.zeros([BT, BC], tl.float32)
     b_rest = tl.zeros([BT, BC], tl.float32)
-    if tl.max((level != tl.load(p_ref + (n - 1) * Cp)).to(tl.int32), 0) > 0:
+    if scaled:
         for i_s in tl.range(first, n * BT, BS, num_stages=1):
             f = tl.exp2(level - tl.load(p_ref + (i_s // BT) * Cp))[None, :]
             b_table = tl.trans(tl.load(p_table))
@@ -122,8 +130,8 @@ def columns_kernel(q, k, v, dy, y, inv, ab, dk, dv, table, planes, cu_seqlens, b
             p_b += BS * Cp
     row = (i_t * BT + o_k)[:, None].to(tl.int64)
     mask = (row < length) & (o_c < C)[None, :]
-    b_x = tl.load(k + i_b * k_b + (start + row) * k_t + o_c[None, :], mask=mask, other=0).to(tl.float32) * LOG2E
-    p = tl.exp2(tl.minimum(b_x - level[None, :], 0.0))
+    b_k = tl.load(k + i_b * k_b + (start + row) * k_t + o_c[None, :], mask=mask, other=0).to(tl.float32)
+    p = power(b_k, level)
     b_dv *= p
     b_rest *= p
     if slow > 0:
@@ -138,7 +146,7 @@ def columns_kernel(q, k, v, dy, y, inv, ab, dk, dv, table, planes, cu_seqlens, b
             c_dy *= tl.load(inv + own, mask=o_c < C, other=0).to(tl.float32)
             c_y = tl.load(y + own, mask=o_c < C, other=0).to(tl.float32)
             b_table = tl.load(table + (i_t * BT + i_s).to(tl.int64) * columns + i_t * BT + o_k).to(tl.float32)
-            p = b_table[:, None] * tl.exp2(tl.minimum(b_x - c_m[None, :], 0.0))
+            p = b_table[:, None] * tl.exp2(tl.minimum(b_k * LOG2E - c_m[None, :], 0.0))
             b_dv += p * (c_dy * tl.sigmoid(c_q))[None, :]
             b_rest -= p * (c_dy * c_y)[None, :]
     b_v = tl.load(v + i_b * v_b + (start + row) * v_t + o_c[None, :], mask=mask, other=0).to(tl.float32)
@@ -177,7 +185,7 @@ def steep_rows(q, k, v, dy, y, inv, p_sum, columns, i_b, start, length, i_t, o_c
 @triton.jit(do_not_specialize=["T", "P", "chunks", "documents", "shares"])
 def tiles_kernel(q, k, v, dy, y, inv, ab, pairs, planes, flags, sums, cu_seqlens, documents, shares, T, P, columns, C,
                  Cp, chunks, q_b, q_t, k_b, k_t, v_b, v_t, dy_b, dy_t, BT: tl.constexpr, BC: tl.constexpr,
-                 STAGES: tl.constexpr, PRECISION: tl.constexpr, DOCUMENTS: tl.constexpr):
+                 STAGES: tl.constexpr, PRECISION: tl.constexpr, FLAG: tl.constexpr, DOCUMENTS: tl.constexpr):
     """sums [shares, P, columns] of dw_ts / A_ts, a share of batch and channels each."""
     share, tile = tl.program_id(0) % shares, tl.program_id(0) // shares
     i_t = ((tl.sqrt(8.0 * tile + 1) - 1) / 2).to(tl.int32)  # the tile's row of the triangle, or one beside it
@@ -236,14 +244,14 @@ def tiles_kernel(q, k, v, dy, y, inv, ab, pairs, planes, flags, sums, cu_seqlens
                            k_b, k_t, v_b, v_t, dy_b, dy_t, BT)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor, pairs: Tensor, planes: Tensor, p: Problem,
-            blocks: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor, pairs: Tensor, planes: Tensor, flags: Tensor,
+            p: Problem, blocks: Tensor | None) -> tuple[Tensor, Tensor]:
     """-> y, and 1 / den as multiples of exp2(-ref)."""
     y, inv = q.new_empty(q.shape), q.new_empty(q.shape, dtype=p.kind)
     options = p.products("forward")
     forward_kernel[(p.chunks * (p.Cp // options["BC"]),)](
-        q, k, v, y, inv, table, pairs, planes, p.cu_seqlens, blocks, p.chunks, p.group("forward"), p.length, p.rows,
-        p.columns, p.channels, p.Cp, p.chunks, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        q, k, v, y, inv, table, pairs, planes, flags, p.cu_seqlens, blocks, p.chunks, p.last("forward"), p.length,
+        p.rows, p.columns, p.channels, p.Cp, p.chunks, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         BS=p.config("forward").BS, **options)
     return y, inv
 
@@ -256,8 +264,8 @@ def backward(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, y: Tensor, inv: Tensor
     strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dy.stride()[:2]
     options = p.products("columns")
     columns_kernel[(p.chunks * (p.Cp // options["BC"]),)](
-        q, k, v, dy, y, inv, ab, dk, dv, table, planes, p.cu_seqlens, blocks, p.chunks, p.group("columns"), p.length,
-        p.rows, p.columns, p.channels, p.Cp, p.chunks, *strides, BS=p.config("columns").BS, **options)
+        q, k, v, dy, y, inv, ab, dk, dv, table, planes, flags, p.cu_seqlens, blocks, p.chunks, p.last("columns"),
+        p.length, p.rows, p.columns, p.channels, p.Cp, p.chunks, *strides, BS=p.config("columns").BS, **options)
     options = p.products("tiles")
     n = p.columns // p.BT
     tiles = n * (n + 1) // 2

@@ -25,31 +25,34 @@ from zoo.kernels._common import INTERPRETED, LOG2E, document_chunks, power_of_tw
 FLOOR = tl.constexpr(-60.0)  # how far below the largest of its row a bias can count, in units of e
 HEAD = tl.constexpr(12.0)  # how far a new level stands above the keys that it is made from
 LIMIT = tl.constexpr(32.0)  # how far below ref_i all keys before a block of rows may be
+LN2 = tl.constexpr(0.6931471805599453)
 FIRST = tl.constexpr(16)  # keys that make the first level
 
 
 class Config(NamedTuple):
-    """BT rows and keys of a block, BS of them at once, BC channels."""
+    """BT rows and keys of a block, BS of them at once, BC channels; the most registers of a thread (None: any)."""
 
     BT: int
     BS: int
     BC: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 # (kernel, bytes of an operand)
 CONFIGS = {
-    ("forward", 2): Config(128, 64, 128, 8, 3), ("forward", 4): Config(64, 32, 32, 4, 2),
-    ("columns", 2): Config(128, 64, 128, 8, 3), ("columns", 4): Config(64, 32, 32, 4, 2),
+    ("forward", 2): Config(128, 64, 64, 4, 3), ("forward", 4): Config(64, 32, 32, 4, 2),
+    ("columns", 2): Config(128, 64, 64, 4, 3), ("columns", 4): Config(64, 32, 32, 4, 2),
     ("tiles", 2): Config(128, 128, 64, 4, 3), ("tiles", 4): Config(64, 64, 32, 4, 2),
-    ("local", 2): Config(64, 64, 64, 4, 2), ("local", 4): Config(64, 64, 32, 4, 2),
-    ("band", 2): Config(64, 64, 64, 4, 2), ("band", 4): Config(64, 64, 32, 4, 1),
-    ("prepare", 2): Config(0, 0, 64, 8, 1), ("prepare", 4): Config(0, 0, 32, 4, 1),
+    ("local", 2): Config(64, 64, 32, 4, 2), ("local", 4): Config(64, 64, 32, 4, 2),
+    ("band", 2): Config(64, 64, 32, 4, 2), ("band", 4): Config(64, 64, 32, 4, 1),
+    ("walk", 2): Config(64, 64, 32, 4, 2), ("walk", 4): Config(64, 64, 32, 4, 1),
+    ("prepare", 2): Config(0, 0, 64, 4, 1), ("prepare", 4): Config(0, 0, 32, 4, 1),
     ("rows", 2): Config(0, 64, 64, 8, 1), ("rows", 4): Config(0, 32, 32, 4, 1),
 }
+WALKS = 264  # rows times blocks of channels from which on a program walks along each
 PROGRAMS = 264  # of the kernels that sum over the batch, at a time: two for each of a GPU's processors
-REUSE = 12 << 20  # bytes of operands that programs which run at a time should share in the L2 cache
 
 
 def config(kernel: str, size: int) -> Config:
@@ -69,21 +72,51 @@ def document(cu_seqlens, i_n, T, P, BT: tl.constexpr, DOCUMENTS: tl.constexpr):
 
 
 @triton.jit
-def locate(pid, blocks, slots, group, T, C, BT: tl.constexpr, BC: tl.constexpr, DOCUMENTS: tl.constexpr):
+def locate(pid, blocks, slots, last, T, C, BT: tl.constexpr, BC: tl.constexpr, DOCUMENTS: tl.constexpr):
     """Of program pid: its row or document (-1: none), its block there, its channels.
 
-    In groups of rows and channels whose operands the L2 cache holds; within one the longest sums begin first.
+    All blocks of a row's channels one after the other, from the last: they share operands, and as their sums differ in
+    length, programs that run at a time are not all at their ends, which ask memory for the most. For the `last` of
+    (row, channels) one block of all after the other, so that no long sum begins late.
     """
     if DOCUMENTS:
         slot = pid % slots
         return tl.load(blocks + 2 * slot).to(tl.int64), tl.load(blocks + 2 * slot + 1), pid // slots
     else:
         n, tiles = tl.cdiv(T, BT), tl.cdiv(C, BC)
-        first = pid // (group * n) * group
-        size = tl.minimum(group, slots // n * tiles - first)
-        rest = pid % (group * n)
-        pair = first + rest % size
-        return (pair // tiles).to(tl.int64), n - 1 - rest // size, pair % tiles
+        body = slots // n * tiles - last
+        rest = pid - body * n
+        pair, i_t = pid // n, n - 1 - pid % n
+        if rest >= 0:
+            pair, i_t = body + rest % last, n - 1 - rest // last
+        return (pair // tiles).to(tl.int64), i_t, pair % tiles
+
+
+@triton.jit
+def raised(flags, chunk, i_c, Cp, BC: tl.constexpr, FLAG: tl.constexpr):
+    """Whether a block is flagged in any of a program's channels."""
+    n: tl.constexpr = BC // FLAG if BC > FLAG else 1
+    return tl.max(tl.load(flags + chunk * (Cp // FLAG) + i_c * BC // FLAG + tl.arange(0, n)), 0) > 0
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x of finite x > 0: a few instructions, where a division takes many."""
+    root = tl.rsqrt(x)
+    y = root * root
+    return y * (2 - x * y)
+
+
+@triton.jit
+def power(b_k, level):
+    """exp2(x - level) of keys [rows, channels] no larger than that; the difference first, as a product is rounded."""
+    return tl.exp2(tl.minimum((b_k - (level * LN2)[None, :]) * LOG2E, 0.0))
+
+
+@triton.jit
+def opening(b_q):
+    """1 / sigmoid(q), at most 2^100."""
+    return 1 + tl.exp2(tl.minimum(b_q.to(tl.float32) * -LOG2E, 100.0))
 
 
 @triton.jit(do_not_specialize=["bias_t", "rows", "W"])
@@ -118,13 +151,12 @@ def table_kernel(bias, table, largest, bias_t, rows, columns, W, BT: tl.constexp
         tl.store(largest + tl.num_programs(0) + i_t, tl.where(i_t < rows, beyond, 0.0))
 
 
-@triton.jit(do_not_specialize=["T", "P", "chunks", "slots"])
-def prepare_kernel(k, v, pairs, planes, cu_seqlens, blocks, slots, T, P, C, Cp, chunks, k_b, k_t, v_b, v_t,
+@triton.jit(do_not_specialize=["T", "P", "chunks", "slots", "last"])
+def prepare_kernel(k, v, pairs, planes, cu_seqlens, blocks, slots, last, T, P, C, Cp, chunks, k_b, k_t, v_b, v_t,
                    BT: tl.constexpr, BC: tl.constexpr, LOCAL: tl.constexpr, DOCUMENTS: tl.constexpr):
     """planes[0], [3]: level and largest key of the block. Full: pairs [2, chunks BT, Cp] of exp2(x - level) (v, 1);
     LOCAL: planes[4], [5]: their sums."""
-    tiles = Cp // BC
-    i_n, i_t, i_c = locate(tl.program_id(0), blocks, slots, tiles, T, Cp, BT, BC, DOCUMENTS)
+    i_n, i_t, i_c = locate(tl.program_id(0), blocks, slots, last, T, Cp, BT, BC, DOCUMENTS)
     if i_n < 0:
         return
     i_b, start, length, chunk = document(cu_seqlens, i_n, T, P, BT, DOCUMENTS)
@@ -137,13 +169,13 @@ def prepare_kernel(k, v, pairs, planes, cu_seqlens, blocks, slots, T, P, C, Cp, 
     row = (i_t * BT + o_t)[:, None].to(tl.int64)
     m_t = row < length
     b_f = tl.load(p_k + o_f[:, None].to(tl.int64) * k_t, mask=(o_f[:, None] < length) & m_c, other=0).to(tl.float32)
-    b_x = tl.load(p_k + row * k_t, mask=m_t & m_c, other=0).to(tl.float32) * LOG2E
+    b_k = tl.load(p_k + row * k_t, mask=m_t & m_c, other=0).to(tl.float32)
     b_v = tl.load(v + i_b * v_b + (start + row) * v_t + o_c[None, :], mask=m_t & m_c, other=0).to(tl.float32)
     first = tl.ceil(tl.max(tl.where(o_f[:, None] < length, b_f * LOG2E, float("-inf")), 0)) + HEAD
-    b_x = tl.where(m_t, b_x, float("-inf"))
-    top = tl.max(b_x, 0)
+    b_k = tl.where(m_t, b_k, float("-inf"))
+    top = tl.max(b_k, 0) * LOG2E
     level = tl.where(top > first, tl.ceil(top) + HEAD, first)
-    b_p = tl.exp2(b_x - level[None, :])
+    b_p = power(b_k, level)
     p_plane = planes + chunk * Cp + o_c
     plane = tl.cast(chunks, tl.int64) * Cp
     tl.store(p_plane, level)
@@ -228,7 +260,8 @@ def scan_kernel(k, planes, flags, cu_seqlens, T, P, C, Cp, chunks, k_b, k_t, BT:
 @triton.jit
 def flagged(flags, cu_seqlens, share, shares, count, i_t, NB: tl.constexpr, T, P, n, BT: tl.constexpr,
             DOCUMENTS: tl.constexpr):
-    """Whether any unit of a share is flagged at block i_t, which may be steep, or at i_t + NB, or its row's last."""
+    """Whether any unit of a share, of a flag's channels each, is flagged at block i_t, which may be steep, or at i_t +
+    NB, or its row's last."""
     o_u = tl.arange(0, 128)
     worst = tl.zeros([128], tl.int32)
     for i in range(0, count, 128):
@@ -251,14 +284,14 @@ def flagged(flags, cu_seqlens, share, shares, count, i_t, NB: tl.constexpr, T, P
     return tl.max(worst, 0) > 0
 
 
-@triton.jit(do_not_specialize=["T", "P", "chunks", "slots"])
-def rows_kernel(q, k, dy, y, inv, dq, ab, planes, seen, far, cu_seqlens, blocks, slots, T, P, C, Cp, chunks, q_b, q_t,
-                k_b, k_t, dy_b, dy_t, BT: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, LOCAL: tl.constexpr,
-                DOCUMENTS: tl.constexpr):
+@triton.jit(do_not_specialize=["T", "P", "chunks", "slots", "last"])
+def rows_kernel(q, k, dy, y, inv, dq, ab, planes, flags, seen, far, cu_seqlens, blocks, slots, last, T, P, C, Cp,
+                chunks, q_b, q_t, k_b, k_t, dy_b, dy_t, BT: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
+                FLAG: tl.constexpr, LOCAL: tl.constexpr, DOCUMENTS: tl.constexpr):
     """dq; ab [2, chunks BT, Cp]: a, b, as multiples of exp2(-ref); LOCAL: seen [2, chunks, Cp], their sums over the
     block, weighed as by a key far back. A program has BS rows, LOCAL all BT of the block."""
     part = tl.program_id(0) % (BT // BS) * BS
-    i_n, i_t, i_c = locate(tl.program_id(0) // (BT // BS), blocks, slots, Cp // BC, T, Cp, BT, BC, DOCUMENTS)
+    i_n, i_t, i_c = locate(tl.program_id(0) // (BT // BS), blocks, slots, last, T, Cp, BT, BC, DOCUMENTS)
     if i_n < 0:
         return
     i_b, start, length, chunk = document(cu_seqlens, i_n, T, P, BT, DOCUMENTS)
@@ -273,13 +306,12 @@ def rows_kernel(q, k, dy, y, inv, dq, ab, planes, seen, far, cu_seqlens, blocks,
     b_dy = tl.load(dy + i_b * dy_b + (start + row) * dy_t + o_c[None, :], mask=mask, other=0).to(tl.float32)
     b_y = tl.load(y + at, mask=mask, other=0).to(tl.float32)
     b_inv = tl.load(inv + at, mask=mask, other=0).to(tl.float32)
-    gate = tl.sigmoid(b_q)
+    gate = reciprocal(opening(b_q))
     b_b = b_dy * b_y
     tl.store(dq + at, (b_b * (1 - gate)).to(dq.dtype.element_ty), mask=mask)
     plane = tl.cast(chunks, tl.int64) * Cp
-    level, ref = tl.load(planes + chunk * Cp + o_c), tl.load(planes + plane + chunk * Cp + o_c)
-    steep = ref < level
-    if tl.max(steep.to(tl.int32), 0) > 0:
+    if raised(flags, chunk, i_c, Cp, BC, FLAG):  # steep, perhaps
+        ref = tl.load(planes + plane + chunk * Cp + o_c)
         b_m = tl.zeros([BS, BC], tl.float32) + ref[None, :]
         for i_s in range(0, tl.minimum(part + BS, length - i_t * BT)):
             p_x = k + i_b * k_b + (start + i_t * BT + i_s) * k_t + o_c
@@ -364,6 +396,7 @@ class Problem:
         widest = max(self.config(kernel).BC for kernel in (*kernels, "prepare", "rows"))
         widest = min(widest, max(16, power_of_two(self.channels)))
         self.Cp = -(-self.channels // widest) * widest  # channels in memory of our own: whole blocks
+        self.flag = self.channel_block(kernels[-1])  # channels of a flag
         self.NB = max(1, -(-(bias.shape[1] - 1) // self.BT)) if local else 0
         self.rows = self.length if cu_seqlens is None else min(self.length, len(bias))
         padded = -(-self.rows // self.BT) * self.BT
@@ -375,6 +408,7 @@ class Problem:
         else:
             self.documents = len(cu_seqlens) - 1
             self.chunks = self.length // self.BT + self.documents
+        self.walks = self.NB == 1 and cu_seqlens is None and self.batch * (self.Cp // self.flag) >= WALKS
         self.operand_shape = 2, self.chunks * self.BT, self.Cp
 
     def config(self, kernel: str) -> Config:
@@ -387,19 +421,25 @@ class Problem:
     def channel_block(self, kernel: str) -> int:
         return min(self.config(kernel).BC, self.Cp)
 
-    def group(self, kernel: str) -> int:
-        """Rows and channels to be run at a time, for `locate`."""
-        once = 2 * self.length * self.channel_block(kernel) * self.size
-        return max(1, REUSE // once)
+    def last(self, kernel: str) -> int:
+        """For `locate`: as many (row, channels) as two rounds of programs take."""
+        pairs = self.batch * (self.Cp // self.channel_block(kernel))
+        return min(pairs, -(-2 * PROGRAMS // -(-self.length // self.BT)))
+
+    def all_of(self, kernel: str) -> int:
+        """The same for kernels without sums, whose neighbours in memory go at a time."""
+        return self.batch * (self.Cp // self.channel_block(kernel))
 
     def options(self, kernel: str) -> dict[str, Any]:
         """The constants of a kernel's build."""
+        c = self.config(kernel)
         return {"BT": self.BT, "BC": self.channel_block(kernel), "DOCUMENTS": self.cu_seqlens is not None,
-                "num_warps": self.config(kernel).warps}
+                "num_warps": c.warps, "maxnreg": c.registers}
 
     def products(self, kernel: str) -> dict[str, Any]:
         """The same for one with products."""
-        return {**self.options(kernel), "STAGES": self.config(kernel).stages, "PRECISION": self.PRECISION}
+        return {**self.options(kernel), "STAGES": self.config(kernel).stages, "PRECISION": self.PRECISION,
+                "FLAG": self.flag}
 
 
 def make_table(bias: Tensor, p: Problem) -> tuple[Tensor, Tensor]:
@@ -418,26 +458,26 @@ def prepare(k: Tensor, v: Tensor, p: Problem, blocks: Tensor | None) -> tuple[Te
     planes = v.new_empty(6 if p.local else 4, p.chunks, p.Cp, dtype=torch.float32)
     options = p.options("prepare")
     prepare_kernel[(p.chunks * (p.Cp // options["BC"]),)](
-        k, v, pairs, planes, p.cu_seqlens, blocks, p.chunks, p.length, p.rows, p.channels, p.Cp, p.chunks,
-        *k.stride()[:2], *v.stride()[:2], LOCAL=p.local, **options)
-    BC = p.channel_block("band" if p.local else "tiles")
-    flags = v.new_empty(p.chunks * (p.Cp // BC), dtype=torch.int32)
-    scan_kernel[(p.documents * (p.Cp // BC),)](
+        k, v, pairs, planes, p.cu_seqlens, blocks, p.chunks, p.all_of("prepare"), p.length, p.rows, p.channels, p.Cp,
+        p.chunks, *k.stride()[:2], *v.stride()[:2], LOCAL=p.local, **options)
+    flags = v.new_empty(p.chunks * (p.Cp // p.flag), dtype=torch.int32)
+    scan_kernel[(p.documents * (p.Cp // p.flag),)](
         k, planes, flags, p.cu_seqlens, p.length, p.rows, p.channels, p.Cp, p.chunks, *k.stride()[:2], BT=p.BT,
-        BN=4 if INTERPRETED else 16, BC=BC, LOCAL=p.local, DOCUMENTS=p.cu_seqlens is not None, num_warps=4)
+        BN=4 if INTERPRETED else 16, BC=p.flag, LOCAL=p.local, DOCUMENTS=p.cu_seqlens is not None, num_warps=4)
     return pairs, planes, flags
 
 
-def factors(q: Tensor, k: Tensor, dy: Tensor, y: Tensor, inv: Tensor, planes: Tensor, largest: Tensor, p: Problem,
-            blocks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def factors(q: Tensor, k: Tensor, dy: Tensor, y: Tensor, inv: Tensor, planes: Tensor, flags: Tensor, largest: Tensor,
+            p: Problem, blocks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq, ab, and for local `seen` of a block and all later ones."""
     dq, ab = q.new_empty(q.shape), q.new_empty(p.operand_shape, dtype=p.kind)
     seen = planes.new_empty(2, p.chunks, p.Cp) if p.local else planes
     options = p.options("rows")
     BS = p.BT if p.local else min(p.BT, p.config("rows").BS)
     rows_kernel[(p.chunks * (p.Cp // options["BC"]) * (p.BT // BS),)](
-        q, k, dy, y, inv, dq, ab, planes, seen, largest[1], p.cu_seqlens, blocks, p.chunks, p.length, p.rows,
-        p.channels, p.Cp, p.chunks, *q.stride()[:2], *k.stride()[:2], *dy.stride()[:2], BS=BS, LOCAL=p.local, **options)
+        q, k, dy, y, inv, dq, ab, planes, flags, seen, largest[1], p.cu_seqlens, blocks, p.chunks, p.all_of("rows"),
+        p.length, p.rows, p.channels, p.Cp, p.chunks, *q.stride()[:2], *k.stride()[:2], *dy.stride()[:2], BS=BS,
+        FLAG=p.flag, LOCAL=p.local, **options)
     if p.local:
         BC = min(32, p.Cp)
         scan_back_kernel[(p.documents * (p.Cp // BC),)](
