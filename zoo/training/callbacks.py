@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from zoo.evaluate import Tally
 from zoo.model import LanguageModel
 from zoo.sampling import stream
 from zoo.tokenizers import Tokenizer
@@ -36,7 +37,7 @@ class Monitor(Callback):
         self.clock = Clock()
         self.best = math.inf
         self.improved = False
-        self.validation: dict[str, float] = {}  # the last: step, bits_per_byte, perplexity
+        self.validation: dict[str, Any] = {}  # the last: step, bits_per_byte, perplexity, positions
         self.pending: dict[str, Any] | None = None  # a step's row whose validation a signal cut short
         self.seen = (0, 0.0)  # step and seconds at the last row
         self.seconds_per_step = math.nan
@@ -145,8 +146,7 @@ class Monitor(Callback):
     def _validate(self, trainer: Trainer, module: TrainingModule) -> dict[str, float] | None:
         """Bits per byte and perplexity per token over the validation split, every byte once. None if a signal came."""
         strategy, step = trainer.strategy, trainer.global_step
-        nats = torch.zeros((), dtype=torch.float64, device=module.device)
-        targets = torch.zeros((), dtype=torch.int64, device=module.device)
+        tally = Tally(self.config.seq_len, module.device)
         module.eval()
         try:
             with torch.no_grad():
@@ -154,18 +154,18 @@ class Monitor(Callback):
                     if strategy.reduce_boolean_decision(self.signals.received is not None, all=False):
                         return None
                     batch = strategy.batch_to_device(batch)
-                    nats += cast(torch.Tensor, strategy.validation_step(batch, index))
-                    targets += (batch[1] != -100).sum()
+                    tally.add(cast(torch.Tensor, strategy.validation_step(batch, index)), batch[1])
         finally:
             module.train()
         if trainer.world_size > 1:
-            nats, targets = (strategy.reduce(value, reduce_op="sum") for value in (nats, targets))
-        bits = float(nats) / math.log(2) / self.data.data.bytes["validation"]
-        perplexity = math.exp(min(700.0, float(nats) / int(targets)))
-        self.validation = {"step": step, "bits_per_byte": bits, "perplexity": perplexity}
+            tally.reduce(lambda value: cast(torch.Tensor, strategy.reduce(value, reduce_op="sum")))
+        measured = tally.result(self.data.data.bytes["validation"])
+        bits = measured.bits_per_byte
+        self.validation = {"step": step, "bits_per_byte": bits, "perplexity": measured.perplexity,
+                           "positions": measured.positions}
         self.improved = bits < self.best
         self.best = min(bits, self.best)
-        return {"validation_bits_per_byte": bits, "validation_perplexity": perplexity}
+        return {"validation_bits_per_byte": bits, "validation_perplexity": measured.perplexity}
 
     def _sample(self, module: TrainingModule, step: int) -> None:
         config = self.config

@@ -113,8 +113,8 @@ class TrainingModule(LightningModule):
                 raise finite.report(self, step, float(loss), float(norm))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Summed nats of this device's targets, summed in float64 so that the batch size does not show."""
-        return self.model.loss(*batch, reduction="none").double().sum()
+        """Nats of this device's targets [B, T], 0 where there is none."""
+        return self.model.loss(*batch, reduction="none")
 
     def _set_rates(self, groups: list[dict[str, Any]], step: int) -> float:
         multiple = self.schedule(step, self.run.steps)

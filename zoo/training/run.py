@@ -24,6 +24,7 @@ from zoo.data.baselines import gzip_bits, unigram_entropy
 from zoo.data.cache import TokenData
 from zoo.data.load import load_data
 from zoo.errors import ZooError
+from zoo.evaluate import evaluate
 from zoo.model import LanguageModel, ModelConfig
 from zoo.ops.backend import decisions, forget_decisions, get_backend, use_backend
 from zoo.pretrained import save_pretrained
@@ -32,7 +33,7 @@ from zoo.training.callbacks import Checkpoints, Monitor, Profile, sample_text
 from zoo.training.config import Config, check_resumable, recipe
 from zoo.training.datamodule import TokenDataModule
 from zoo.training.hardware import device_name
-from zoo.training.loggers import finish_loggers, make_loggers
+from zoo.training.loggers import finish_loggers, make_loggers, read_rows
 from zoo.training.module import TrainingModule, seed_everything
 from zoo.training.progress import Reporter, count, duration, warn
 from zoo.training.signals import Signals
@@ -100,7 +101,7 @@ def _fit(run: Config, out: Path, place: Place, data: TokenData, batches: TokenDa
     assert newest is not None
     result = {"out": str(out), "step": run.steps, "tokens": run.steps * run.batch_tokens,
               "seconds": monitor.clock.total, "checkpoint": str(newest), "validation": monitor.validation}
-    return result | _finish(run, out, data, newest, result, about, reporter) if place.rank == 0 else result
+    return result | _finish(run, out, place, batches, newest, result, about, reporter) if place.rank == 0 else result
 
 
 def _leave_group() -> None:
@@ -172,26 +173,55 @@ def _make_folder(out: Path, run: Config, start: Path | None, place: Place) -> di
     return about
 
 
-def _finish(run: Config, out: Path, data: TokenData, newest: Path, result: dict[str, Any], about: dict[str, Any],
-            reporter: Reporter) -> dict[str, Any]:
-    """Compare with what the text costs without a model, write a sample, save the model."""
-    model = files.restore_model(files.load(newest))
-    bits, unigram, gzip = result["validation"]["bits_per_byte"], unigram_entropy(data), gzip_bits(data)
-    perplexity = result["validation"]["perplexity"]
-    reporter.say(f"validation: {bits:.4f} bits/byte, perplexity {perplexity:.3f} a token; the same text has "
-                 f"byte-unigram entropy {unigram:.4f} ({unigram - bits:+.4f}), gzip -9 {gzip:.4f} ({gzip - bits:+.4f})")
+def _finish(run: Config, out: Path, place: Place, batches: TokenDataModule, newest: Path, result: dict[str, Any],
+            about: dict[str, Any], reporter: Reporter) -> dict[str, Any]:
+    """Measure the last model, compare with what the text costs without one, write a sample, save the model."""
+    data, model = batches.data, files.restore_model(files.load(newest))
+    evaluation = _evaluate(run, place, batches, model, result["validation"])
+    validation, test = evaluation["validation"], evaluation["test"]
+    bits, unigram, gzip = validation["bits_per_byte"], unigram_entropy(data), gzip_bits(data)
+    reporter.say(f"validation: {bits:.4f} bits/byte, perplexity {validation['perplexity']:.3f} a token; the same text "
+                 f"has byte-unigram entropy {unigram:.4f} ({unigram - bits:+.4f}), gzip -9 {gzip:.4f} "
+                 f"({gzip - bits:+.4f})")
+    if test is not None:
+        reporter.say(f"test: {test['bits_per_byte']:.4f} bits/byte, perplexity {test['perplexity']:.3f} a token")
     if run.sample_tokens:
         reporter.say("a sample:\n" + sample_text(model, data.tokenizer, run.prompt, run.sample_tokens, run.seed))
     card = {
         "data": {"name": run.data["name"], "fingerprint": data.fingerprint, "bytes": dict(data.bytes)},
         "step": result["step"], "tokens": result["tokens"], "seconds": round(result["seconds"], 3),
-        "validation_bits_per_byte": bits, "unigram_entropy": unigram, "gzip_bits_per_byte": gzip,
-        "training": recipe(run.to_dict()),
+        "validation_bits_per_byte": bits, "test_bits_per_byte": None if test is None else test["bits_per_byte"],
+        "unigram_entropy": unigram, "gzip_bits_per_byte": gzip, "parameters": model.num_parameters(),
+        "training_flops_per_token": round(3 * model.flops(run.seq_len) / run.seq_len),
+        "peak_memory": max((int(row["peak_memory"]) for row in read_rows(out / "metrics.csv")), default=None),
+        "evaluation": evaluation, "training": recipe(run.to_dict()),
     } | {key: about[key] for key in ("command", "commit", "versions", "device", "devices")}
     folder = save_pretrained(out / "model", model, data.tokenizer, card)
     reporter.say(f"{count(result['tokens'])} tokens in {duration(result['seconds'])}; everything is in {out}\n"
                  f"model: {folder}; go on writing with: zoo generate {out} --prompt \"...\"")
-    return {"unigram_entropy": unigram, "gzip_bits_per_byte": gzip, "model": str(folder)}
+    return {"validation": {"step": run.steps} | validation, "test": test, "unigram_entropy": unigram,
+            "gzip_bits_per_byte": gzip, "model": str(folder)}
+
+
+def _evaluate(run: Config, place: Place, batches: TokenDataModule, model: LanguageModel,
+              validation: Mapping[str, Any]) -> dict[str, Any]:
+    """The last model's figures on both held-out splits; `validation` are those that the loop found at its last step.
+
+    In the precision of training, on its device. "test" is None for a corpus without such a split, or with one shorter
+    than a window.
+    """
+    def measure(split: str) -> dict[str, Any]:
+        found = evaluate(model, batches.data, split, run.seq_len, rows=batches.rows_at_once,
+                         bf16=run.trainer.precision == "bf16-mixed")
+        return {"bits_per_byte": found.bits_per_byte, "perplexity": found.perplexity, "positions": found.positions}
+
+    model.to(place.device)
+    if validation.get("step") != run.steps or "positions" not in validation:  # a signal cut it short
+        validation = measure("validation")
+    test = measure("test") if len(batches.data.test) > run.seq_len else None
+    model.cpu()
+    return {"seq_len": run.seq_len, "precision": run.trainer.precision,
+            "validation": {key: value for key, value in validation.items() if key != "step"}, "test": test}
 
 
 def _headline(run: Config, model: LanguageModel, data: TokenData, place: Place, out: Path, start: Path | None,
