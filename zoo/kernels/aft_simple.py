@@ -51,9 +51,8 @@ class Config(NamedTuple):
 
 
 # (direction, bytes of an element); R W and BC are the same in both directions, as the sums of chunks are shared
-CONFIGS = {("forward", 2): Config(4, 8, 64, 2, 3, 128), ("backward", 2): Config(4, 8, 64, 2, 2, 128),
-           ("forward", 4): Config(4, 8, 64, 2, 2, 128), ("backward", 4): Config(4, 8, 64, 2, 1, 128)}
-PROGRAMS = 2  # on every multiprocessor, to aim at by cutting rows
+CONFIGS = {("forward", 2): Config(4, 8, 32, 2, 3, 128), ("backward", 2): Config(4, 8, 32, 2, 1, 128),
+           ("forward", 4): Config(4, 8, 32, 2, 2, 128), ("backward", 4): Config(4, 8, 32, 2, 1, 128)}
 SHORTEST = 8  # chunks of a segment, at the least
 PIECES = 16  # segments that `chain` takes at once
 
@@ -358,18 +357,25 @@ class Plan(NamedTuple):
     rows: int
 
 
-def plan(k: Tensor, cu_seqlens: Tensor | None) -> Plan:
-    batch, length, channels = k.shape
-    each = config("forward", k)
-    size = each.R * each.W
-    processors = 1 if INTERPRETED else torch.cuda.get_device_properties(k.device).multi_processor_count
-    walked = batch * length * triton.cdiv(channels, each.BC)  # tokens of all programs together
-    chunks = max(2 if INTERPRETED else SHORTEST, triton.cdiv(walked, size * PROGRAMS * processors))
+def cut_rows(batch: int, length: int, across: int, size: int, programs: int, device: torch.device,
+             cu_seqlens: Tensor | None) -> Plan:
+    """Segments for `across` programs beside each other along every row, in chunks of `size` tokens, so that every
+    multiprocessor has as many programs as are asked for."""
+    processors = 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+    chunks = triton.cdiv(batch * length * across, size * programs * processors)
+    chunks = max(2 if INTERPRETED else SHORTEST, chunks)
     if cu_seqlens is not None:
         documents, most = len(cu_seqlens) - 1, min(chunks * size, triton.cdiv(length, size) * size)
         return Plan(most, 0, length // most + documents, documents)
     pieces = triton.cdiv(length, chunks * size)
     return Plan(chunks * size, pieces, batch * pieces, batch)
+
+
+def plan(k: Tensor, cu_seqlens: Tensor | None) -> Plan:
+    batch, length, channels = k.shape
+    each = config("forward", k)
+    across, programs = triton.cdiv(channels, each.BC), 16 // each.launch()["num_warps"]
+    return cut_rows(batch, length, across, each.R * each.W, programs, k.device, cu_seqlens)
 
 
 def kept_shapes(k: Tensor, cu_seqlens: Tensor | None) -> tuple[tuple[int, int, int], int]:

@@ -17,9 +17,9 @@ its own, so that training does not pay for one. With `cu_seqlens` [N + 1] (int32
 0 to T) N documents stand one after the other in a row, B = 1, and each begins anew: positions, and so rows and columns
 of a bias table, count from its own first token. Documents are not continued: no `sums`, no `cache`.
 
-What is here in PyTorch is also the reference of the kernels, which zoo/ops/aft_simple_triton.py puts in its place for
-simple, and zoo/ops/aft_triton.py for local and full where there is no state and one bias for the batch: whole
-sequences, that is, as in training.
+What is here in PyTorch is also the reference of the kernels that take its place: for whole sequences, that is, as in
+training, and one bias for the batch, those of zoo/ops/aft_triton.py for full and local and of zoo/ops/aft_conv_triton.py
+for conv; those of zoo/ops/aft_simple_triton.py for simple, also after a state.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.errors import ZooError
+from zoo.ops.aft_conv_triton import CONV, conv
 from zoo.ops.aft_simple_triton import SIMPLE, simple
 from zoo.ops.aft_triton import FULL, LOCAL, biased
 from zoo.ops.documents import document_slices
@@ -94,6 +95,8 @@ def aft_conv(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sums: Sums | None = 
 
     q, v [B, T, H, K], k [B, T, H], bias [H, W] -> y [B, T, H, K]. `sums` and `cache` as for `aft_local`.
     """
+    if sums is None and cache is None and CONV.chosen(v, bias.shape[1]):
+        return conv(q, k, v, bias, cu_seqlens)
     if cu_seqlens is not None:
         return _by_document(cu_seqlens, sums, cache, q, lambda i: aft_conv(q[:, i], k[:, i], v[:, i], bias))
     if not q.shape[1]:

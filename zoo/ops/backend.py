@@ -90,6 +90,7 @@ class Kernel:
     sources: tuple[str, ...] = field(default=())  # files of zoo/kernels beside its own that a new self-test goes with
     file: str = ""  # its own in zoo/kernels, if not named like the op
     fault: str = ""  # why no GPU may run it, where that is known beforehand
+    sized: str = "head sizes"  # what `sizes` are
 
     def __post_init__(self) -> None:
         _kernels[self.op] = self
@@ -132,7 +133,7 @@ def _unable(kernel: Kernel, asked: Backend, device: torch.device, dtype: torch.d
         names = ", ".join(str(each).removeprefix("torch.") for each in kernel.dtypes)
         return f"{str(dtype).removeprefix('torch.')} tensors; the kernels take {names}"
     if any(not kernel.least <= size <= kernel.most for size in sizes):
-        return f"head sizes {', '.join(map(str, sizes))}; the kernels take {kernel.least} to {kernel.most}"
+        return f"{kernel.sized} {', '.join(map(str, sizes))}; the kernels take {kernel.least} to {kernel.most}"
     import triton
 
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
