@@ -200,10 +200,9 @@ def scan_kernel(p_sums, p_states, p_first, p_last, p_ends, SEGMENTS, DOCUMENTS, 
 
 PROGRAMS = 256  # about two for each multiprocessor: rows are cut until there are as many
 # (tokens BT, columns BV, warps, stages) by bytes of an operand's element and rows BK of the state
-TILES = {
-    2: {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (64, 64, 4, 2)},
-    4: {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 32, 4, 2)},
-}
+TILES = {2: {64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (64, 64, 4, 2)},
+         4: {32: (32, 64, 4, 2), 64: (32, 32, 4, 2)}}
+ROW = 128  # bytes of a tile's row at least: from narrower ones ptxas 12.8 made code with registers that nobody wrote
 KEEP = 64  # tokens between kept states
 NAMES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -304,9 +303,14 @@ def walk(q: Tensor, k: Tensor, v: Tensor, y_dtype: torch.dtype, before: Tensor |
 @functools.cache
 def tiling(K: int, V: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
     tiles = TILES[dtype.itemsize]
-    BK = max(16, min(power_of_two(K), max(tiles)))
+    BK = min(padded(K, dtype), max(tiles))
     BT, BV, warps, stages = tiles[BK]
-    return BK, BT, min(BV, max(16, power_of_two(V))), warps, stages
+    return BK, BT, min(BV, padded(V, dtype)), warps, stages
+
+
+def padded(size: int, dtype: torch.dtype) -> int:
+    """The columns of a tile that holds `size`."""
+    return max(ROW // dtype.itemsize, power_of_two(size))
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,

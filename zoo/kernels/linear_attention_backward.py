@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._common import cdiv, dot, power_of_two, precision
+from zoo.kernels._common import cdiv, dot, precision
 from zoo.kernels.linear_attention import (
     KEEP,
     NAMES,
@@ -26,6 +26,7 @@ from zoo.kernels.linear_attention import (
     last_contiguous,
     nothing,
     operand,
+    padded,
     place,
     put,
     states,
@@ -122,6 +123,6 @@ def backward(dy: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, 
         back_kernel[(rows.count * H,)](
             q, k, v, dy, dq, dk, dv, behind, dfirst, states_kept, *rows.place(q.device), int(behind.numel() > 0),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dy.stride()[:3], H=H, K=K, V=V, BT=KEEP,
-            BK=max(16, power_of_two(K)), BV=max(16, power_of_two(V)), OPERAND=NAMES[dtype], PRECISION=precision(dtype),
-            num_warps=warps, num_stages=stages)
+            BK=padded(K, dtype), BV=padded(V, dtype), OPERAND=NAMES[dtype], PRECISION=precision(dtype), num_warps=warps,
+            num_stages=stages)
     return dq, dk, dv, dfirst
