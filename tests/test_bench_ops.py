@@ -385,6 +385,26 @@ def test_the_command(run, tmp_path: Path) -> None:
     assert "torch" not in said
 
 
+@pytest.mark.gpu
+def test_the_command_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Compiled beforehand in another process, captured in graphs, in time and memory."""
+    out = tmp_path / "ops.csv"
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "ops", "--ops", "aft_simple", "--lengths", "64", "--seconds", "0", "--workers", "1", "--tuning",
+              "60", "--commit", "0123abc", "--csv", str(out)])
+    said = capsys.readouterr()
+    assert stop.value.code == 0, said
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert {(line["impl"], line["direction"]) for line in rows} == {
+        (impl, direction) for impl in ("zoo", "zoo-eager", "torch", "torch-compile", "torch-compile-safe")
+        for direction in DIRECTIONS}, said
+    assert "launches" not in said.out
+    for line in rows:
+        assert 0 < float(line["ms_p20"]) <= float(line["ms_p50"]) <= float(line["ms_p80"])
+        assert float(line["peak_mib"]) > 0
+        assert (line["gpu"], line["commit"]) == (torch.cuda.get_device_name(), "0123abc")
+
+
 def test_what_is_measured_is_kept(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "ops.csv"
 

@@ -66,7 +66,10 @@ def tile_kernel(p_l, p_targets, p_loss, p_max, p_log, stride, N, V, ignore_index
 @triton.jit(do_not_specialize=["ignore_index"])
 def long_kernel(p_l, p_targets, p_loss, p_max, p_log, stride, V, ignore_index, z, BV: tl.constexpr,
                 GRADIENT: tl.constexpr):
-    """The same for row i, BV logits at a time; each of BV lanes has a maximum and a sum of its own until the end."""
+    """The same for row i, BV logits at a time; each of BV lanes has a maximum and a sum of its own until the end.
+
+    The second look begins with the logits that the first ended with, which the L2 cache still has.
+    """
     i_t = tl.program_id(0).to(tl.int64)
     p_l += i_t * stride
     o_v = tl.arange(0, BV)
@@ -90,11 +93,12 @@ def long_kernel(p_l, p_targets, p_loss, p_max, p_log, stride, V, ignore_index, z
     tl.store(p_loss + i_t, tl.where(counted, (b_max - b_target) + b_log + z * b_lse * b_lse, 0.0))
     if GRADIENT:
         b_scale = (1.0 + 2.0 * z * b_lse) / b_sum
+        last = (V - 1) // BV * BV
         for i_v in range(0, V, BV):
-            m_v = i_v + o_v < V
-            b_l = tl.load(p_l + i_v + o_v, mask=m_v, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
-            b_d = tl.exp2((b_l - b_max) * LOG2E) * b_scale - tl.where(i_v + o_v == target, 1.0, 0.0)
-            tl.store(p_l + i_v + o_v, tl.where(counted, b_d, 0.0).to(p_l.dtype.element_ty), mask=m_v)
+            o_l = last - i_v + o_v
+            b_l = tl.load(p_l + o_l, mask=o_l < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+            b_d = tl.exp2((b_l - b_max) * LOG2E) * b_scale - tl.where(o_l == target, 1.0, 0.0)
+            tl.store(p_l + o_l, tl.where(counted, b_d, 0.0).to(p_l.dtype.element_ty), mask=o_l < V)
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])
@@ -165,13 +169,13 @@ def rows(logits: Tensor, targets: Tensor, losses: Tensor, lse: Tensor, ignore_in
         BV = max(16, power_of_two(V))
         BN = max(1, TILE // BV)
         tile_kernel[(-(-n // BN),)](logits, targets, losses, lse[0], lse[1], logits.stride(0), n, V, ignore_index, z,
-                                    BN, BV, gradient, num_warps=max(4, BV // 1024))
+                                    BN, BV, gradient, num_warps=4)
 
 
 def reduced(losses: Tensor, targets: Tensor, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor]:
     """-> the sum or mean [], and its derivative by the loss of a counted token [], float32."""
     loss, unit = losses.new_empty(()), losses.new_empty(())
-    reduce_kernel[(1,)](losses, targets, loss, unit, len(losses), ignore_index, mean, 4096, num_warps=16)
+    reduce_kernel[(1,)](losses, targets, loss, unit, len(losses), ignore_index, mean, 8192, num_warps=32)
     return loss, unit
 
 
@@ -260,10 +264,12 @@ def total(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z: floa
         torch.mm(x[part], w.mT, out=logits)
         rows(logits, targets[part], losses[part], lse[:, part], ignore_index, z, True)
         torch.mm(logits, w, out=dx[part])
+        # with columns of x side by side the product of long rows is 7 % faster
+        columns = x[part].mT.contiguous().mT if V > WHOLE else x[part]
         if a == 0:
-            dweight = product(logits.mT, x[part])
+            dweight = product(logits.mT, columns)
         else:
-            add_product(dweight, logits.mT, x[part])
+            add_product(dweight, logits.mT, columns)
     return *reduced(losses, targets, ignore_index, mean), dx, dweight
 
 
