@@ -91,14 +91,14 @@ def put(p, b, first, length, o_t, o_k, stride, SIZE: tl.constexpr):
 @triton.jit(do_not_specialize=VARYING)
 def walk_kernel(
     p_q, p_k, p_v, p_y, p_before, p_after, p_kept, p_rows, p_borders, T, SEGMENT, SEGMENTS, DOCUMENTS, BEFORE, AFTER,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_k,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr,
-    KEEP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_b, q_h, k_b, k_h, v_b, v_h, y_k, q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr, H: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, KEEP: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """y of BV columns of a segment, from the state before it (behind it if REVERSE); the last state if AFTER.
 
     States are [R, H, K, V], or [R, H, V, K] if TRANSPOSED. With BK under K, the share of BK rows of the state in y.
+    Tokens' strides are constants, which spares a register or two for each row of a tile.
     """
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -200,7 +200,7 @@ def scan_kernel(p_sums, p_states, p_first, p_last, p_ends, SEGMENTS, DOCUMENTS, 
 
 PROGRAMS = 256  # about two for each multiprocessor: rows are cut until there are as many
 # (tokens BT, columns BV, warps, stages) by bytes of an operand's element and rows BK of the state
-TILES = {2: {64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (64, 64, 4, 2)},
+TILES = {2: {64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (64, 64, 8, 2)},
          4: {32: (32, 64, 4, 2), 64: (32, 32, 4, 2)}}
 ROW = 128  # bytes of a tile's row at least: from narrower ones ptxas 12.8 made code with registers that nobody wrote
 KEEP = 64  # tokens between kept states
@@ -294,9 +294,10 @@ def walk(q: Tensor, k: Tensor, v: Tensor, y_dtype: torch.dtype, before: Tensor |
     none = nothing(q.device, torch.float32)
     walk_kernel[(rows.count * H * parts * cdiv(V, BV),)](
         q, k, v, y, none if before is None else before, none if after is None else after, kept,
-        *rows.place(q.device), int(before is not None), int(after is not None), *q.stride()[:3], *k.stride()[:3],
-        *v.stride()[:3], y.stride(0), H=H, K=K, V=V, REVERSE=reverse, TRANSPOSED=transposed, KEEP=every, BT=BT, BK=BK,
-        BV=BV, OPERAND=NAMES[dtype], PRECISION=precision(dtype), num_warps=warps, num_stages=stages)
+        *rows.place(q.device), int(before is not None), int(after is not None), q.stride(0), q.stride(2), k.stride(0),
+        k.stride(2), v.stride(0), v.stride(2), y.stride(0), q_t=q.stride(1), k_t=k.stride(1), v_t=v.stride(1), H=H,
+        K=K, V=V, REVERSE=reverse, TRANSPOSED=transposed, KEEP=every, BT=BT, BK=BK, BV=BV, OPERAND=NAMES[dtype],
+        PRECISION=precision(dtype), num_warps=warps, num_stages=stages)
     return y[0] if parts == 1 else y.sum(0).to(y_dtype)
 
 

@@ -95,7 +95,7 @@ def back_kernel(
     tl.store(p_dfirst + o_state, b_d, mask=m_state & ends)
 
 
-BACK = (4, 2)  # warps, stages
+BACK = (4, 3)  # warps, stages
 
 
 def backward(dy: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None,
