@@ -166,7 +166,8 @@ def walk_kernel(
         n = chunks - 1 - j if QUERIES else j
         first = n * BT
         here = tl.minimum(length - first, BT).to(tl.int32)
-        b_weight = tl.load(p_weight + o_row + first + o_t, mask=o_t < here, other=0.0) if QUERIES else 1.0
+        if QUERIES:  # early: only operands of products are fetched ahead of their turn
+            b_weight = tl.load(p_weight + o_row + first + o_t, mask=o_t < here, other=0.0)
         b_x, b_c = side(tile(p_x + first * x_t, here, o_t, o_k, x_t, K), p_log + o_row + first if QUERIES else p_log,
                         here, o_t, EXPONENT, QUERIES, True)
         b_v = tile(p_v + first * v_t, here, o_t, o_v, v_t, V)
@@ -250,16 +251,16 @@ def read_kernel(
 
 
 PROGRAMS = 512  # about four for each multiprocessor: rows are cut until as many walk
-# by bytes of an operand and padded width of a head, to 64, 128, 256: tokens of a chunk; features BM, columns BV at
-# most, warps, stages of each kernel
+# by bytes of an operand and padded width of a head, to 64, 128, 256: tokens of a chunk; of each kernel features BM,
+# columns BV at most, warps, stages, and registers at most (168 let three programs on a multiprocessor, 128 four)
 TOKENS = {2: (64, 64, 64), 4: (64, 32, 32)}
 TILES = {
-    2: {"walk": ((64, 64, 4, 2), (64, 128, 4, 2), (64, 64, 4, 1)),
-        "read": ((64, 64, 4, 2), (64, 128, 4, 2), (32, 128, 4, 1)),
-        "grad": ((64, 64, 4, 2), (64, 128, 4, 2), (32, 256, 4, 1))},
-    4: {"walk": ((32, 64, 4, 1), (32, 64, 4, 1), (16, 64, 4, 1)),
-        "read": ((32, 64, 4, 1), (32, 64, 4, 1), (16, 64, 4, 1)),
-        "grad": ((32, 64, 4, 1), (32, 128, 4, 1), (16, 256, 4, 1))},
+    2: {"walk": ((64, 64, 4, 3, 128), (64, 64, 4, 2, 168), (64, 64, 4, 1, 255)),
+        "read": ((64, 64, 4, 3, 168), (64, 128, 4, 2, 255), (32, 128, 4, 1, 255)),
+        "gradient": ((64, 64, 4, 1, 168), (64, 128, 4, 1, 255), (32, 256, 4, 1, 255))},
+    4: {"walk": ((32, 64, 4, 1, 255), (32, 64, 4, 1, 255), (16, 64, 4, 1, 255)),
+        "read": ((32, 64, 4, 1, 255), (32, 64, 4, 1, 255), (16, 64, 4, 1, 255)),
+        "gradient": ((32, 64, 4, 1, 255), (32, 128, 4, 1, 255), (16, 256, 4, 1, 255))},
 }
 NAMES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -288,9 +289,7 @@ class Call:
         prepare_kernel[(self.MP // 16,)](
             projection, self.w, self.w_gradient, self.shift, *projection.stride(), bound or 0.0, M=self.M, K=self.K,
             MP=self.MP, BM=16, BK=self.BK, BOUNDED=bound is not None)
-        BM, BV, _, _ = self.tiling("walk")
-        heads = self.B * self.H * (self.MP // BM) * (self.VP // BV)
-        parts = max(1, min(32, PROGRAMS // max(1, heads)))
+        parts = max(1, min(32, PROGRAMS // max(1, self.B * self.H * self.programs("walk"))))
         self.segment = max(1, triton.cdiv(self.T, self.tokens * parts)) * self.tokens
         self.segments, self.chunks = triton.cdiv(self.T, self.segment), triton.cdiv(self.T, self.tokens)
         self.segment_count, self.chunk_count = self.B * self.segments, self.B * self.chunks
@@ -300,16 +299,17 @@ class Call:
             self.chunk_table, self.borders, self.first_chunks = cut_documents(cu_seqlens, self.T, self.tokens)
             self.segment_count, self.chunk_count = len(self.segment_table), len(self.chunk_table)
 
-    def tiling(self, kernel: str) -> tuple[int, int, int, int]:
-        BM, BV, warps, stages = TILES[self.dtype.itemsize][kernel][self.width]
-        return BM, min(BV, self.VP), warps, stages
+    def programs(self, kernel: str) -> int:
+        """How many blocks of features (`walk`) or of columns (`read`) there are."""
+        BM, BV, *_ = TILES[self.dtype.itemsize][kernel][self.width]
+        return self.VP // min(BV, self.VP) * (self.MP // BM if kernel == "walk" else 1)
 
     def options(self, kernel: str) -> dict[str, object]:
-        BM, BV, warps, stages = self.tiling(kernel)
+        BM, BV, warps, stages, registers = TILES[self.dtype.itemsize][kernel][self.width]
         return {"H": self.H, "K": self.K, "V": self.V, "MP": self.MP, "VP": self.VP, "BT": self.tokens, "BK": self.BK,
-                "BV": BV, "BM": BM, "OPERAND": NAMES[self.dtype], "EXPONENT": NAMES[self.w.dtype],
+                "BV": min(BV, self.VP), "BM": BM, "OPERAND": NAMES[self.dtype], "EXPONENT": NAMES[self.w.dtype],
                 "PRECISION": "tf32" if self.w.dtype == torch.float16 else "tf32x3", "num_warps": warps,
-                "num_stages": stages}
+                "num_stages": stages, "maxnreg": registers}
 
     def place(self) -> tuple[Tensor, Tensor, int, int, int, int]:
         """Of chunks, for kernels that have one for each program."""
@@ -318,7 +318,7 @@ class Call:
     def states(self, x: Tensor, v: Tensor, first: Tensor | None, log: Tensor | None = None,
                weight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """States before each chunk, of keys x; or behind it, of queries x with all the rest -> states, z, the last."""
-        device, (BM, BV, _, _) = x.device, self.tiling("walk")
+        device = x.device
         none, last = nothing(device, torch.float32), self.last(first, device)
         states = torch.empty(self.chunk_count, self.H, self.MP, self.VP, dtype=self.dtype, device=device)
         z = torch.empty(self.chunk_count, self.H, self.MP, dtype=torch.float32, device=device)
@@ -327,7 +327,7 @@ class Call:
         cut = self.segment < self.T
         sums = none if not cut else torch.empty(self.segment_count, *last.shape[1:], dtype=torch.float32, device=device)
         for sums_alone in (True, False)[not cut:]:
-            walk_kernel[(self.segment_count * self.H * (self.MP // BM) * (self.VP // BV),)](
+            walk_kernel[(self.segment_count * self.H * self.programs("walk"),)](
                 x, v, self.w, self.shift, *of_queries, before, last, sums, states, z, self.segment_table, self.borders,
                 self.first_chunks, self.T, self.segment, self.segments, int(self.cu_seqlens is not None), self.chunks,
                 int(first is not None and not sums_alone), int(sums_alone), *x.stride()[:3], *v.stride()[:3], M=self.M,
@@ -363,8 +363,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, initial_state: 
         if not y.numel():
             return y, call.last(initial_state, q.device), log
         states, z, last = call.states(k, v, initial_state)
-        _, BV, _, _ = call.tiling("read")
-        read_kernel[(call.chunk_count * H * (call.VP // BV),)](
+        read_kernel[(call.chunk_count * H * call.programs("read"),)](
             q, k, v, call.w, call.shift, log, states, z, y, *call.place(), *q.stride()[:3], *k.stride()[:3],
             *v.stride()[:3], *y.stride()[:3], BACKWARD=False, **call.options("read"))
     return y, last, log

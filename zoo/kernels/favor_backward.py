@@ -59,7 +59,8 @@ def gradient_kernel(
     b_u = tile(p_u + i_b * u_b + start * u_t + i_h * u_h, here, o_t, o_v, u_t, V)
     b_v = tile(p_v + i_b * v_b + start * v_t + i_h * v_h, here, o_t, o_v, v_t, V)
     b_u, b_v = b_u.to(OPERAND), b_v.to(OPERAND)
-    b_p = dot(b_u, tl.trans(b_v), tl.zeros([BT, BT], tl.float32), PRECISION)
+    EXACT: tl.constexpr = "ieee" if PRECISION == "tf32x3" else PRECISION  # dy . v and dd may all but cancel
+    b_p = dot(b_u, tl.trans(b_v), tl.zeros([BT, BT], tl.float32), EXACT)
     if KEYS:
         b_p = tl.where(o_t[:, None] <= o_t[None, :], b_p + b_dd[None, :], 0.0).to(OPERAND)
     else:
@@ -110,14 +111,14 @@ def backward(dy: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, 
                      keys: bool) -> None:
             gradient_kernel[(call.chunk_count * H,)](
                 a, b, u, v, call.w, call.w_gradient, call.shift, log, dd, states, z, da, *call.place(),
-                *(stride for x in (a, b, u, v, da) for stride in x.stride()[:3]), KEYS=keys, **call.options("grad"))
+                *(stride for x in (a, b, u, v, da) for stride in x.stride()[:3]), KEYS=keys, **call.options("gradient"))
 
         states, z, _ = call.states(k, v, initial_state)
         gradient(dq, q, k, dy, v, states, z, False)
+        del states, z  # before the others are made
         states, z, dfirst = call.states(q, dy, dlast, log, dd)
         gradient(dk, k, q, v, dy, states, z, True)
-        _, BV, _, _ = call.tiling("read")
-        read_kernel[(call.chunk_count * H * (call.VP // BV),)](
+        read_kernel[(call.chunk_count * H * call.programs("read"),)](
             k, q, dy, call.w, call.shift, log, states, z, dv, *call.place(), *k.stride()[:3], *q.stride()[:3],
             *dy.stride()[:3], *dv.stride()[:3], BACKWARD=True, **call.options("read"))
     return dq, dk, dv, dfirst
