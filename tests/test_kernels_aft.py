@@ -15,7 +15,6 @@ from zoo.ops.aft import aft_full, aft_local
 from zoo.ops.backend import use_backend
 
 pytest.importorskip("triton")
-aft_parts = pytest.importorskip("zoo.kernels.aft_parts")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = ("full", "local")
 Inputs = dict[str, Tensor]
@@ -101,16 +100,16 @@ def test_any_window(window: int) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("name", ["full", "local"])
 @pytest.mark.parametrize(("length", "window", "steps"), [
     (1, 5, {}), (50, 9, {}), (50, 17, {25: 30.0}), (70, 1, {35: 300.0}), (50, 9, {20: 40.0, 37: 45.0, 45: 70.0}),
     (50, 9, {1: 60.0}), (40, 9, {30: -90.0})])
-def test_local_along_rows(monkeypatch: pytest.MonkeyPatch, length: int, window: int, steps: dict[int, float]) -> None:
-    """With enough rows a program walks along each; keys rise by steps that change levels, or leave blocks steep."""
-    monkeypatch.setattr(aft_parts, "WALKS", 1)
-    given = inputs("local", length, 3, window=window)
+def test_rising_keys(name: str, length: int, window: int, steps: dict[int, float]) -> None:
+    """Keys rise by steps that change levels, or leave blocks steep."""
+    given = inputs(name, length, 3, window=window)
     for at, height in steps.items():
         given["k"][-1, at:] = given["k"][0, at:] + height
-    check("local", given)
+    check(name, given)
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -31,9 +31,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, local: bool,
     p = Problem(v, bias, local, cu_seqlens)
     blocks = p.blocks()
     table, largest = make_table(bias, p)
-    if p.walks:
-        y, inv, planes, flags = aft_local.walk(q, k, v, table, largest[1], p)
-        return y, inv, table, largest, v.new_empty(0, dtype=p.kind), planes, flags
     pairs, planes, flags = prepare(k, v, p, blocks)
     if local:
         y, inv = aft_local.forward(q, k, v, table, largest[1], planes, flags, p, blocks)

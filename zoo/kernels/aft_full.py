@@ -17,14 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._common import LOG2E, dot
-from zoo.kernels.aft_parts import Problem, document, flagged, locate, opening, power, raised, reciprocal, shares_of
+from zoo.kernels.aft_parts import Problem, document, flagged, gated, locate, power, raised, shares_of
 
 
 @triton.jit(do_not_specialize=["T", "P", "chunks", "slots", "last"])
 def forward_kernel(q, k, v, y, inv, table, pairs, planes, flags, cu_seqlens, blocks, slots, last, T, P, columns, C, Cp,
                    chunks, q_b, q_t, k_b, k_t, v_b, v_t, BT: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
                    STAGES: tl.constexpr, PRECISION: tl.constexpr, FLAG: tl.constexpr, DOCUMENTS: tl.constexpr):
-    i_n, i_t, i_c = locate(tl.program_id(0), blocks, slots, last, T, Cp, BT, BC, DOCUMENTS)
+    i_n, i_t, i_c = locate(tl.program_id(0), blocks, slots, last, T, Cp, BT, BC, True, DOCUMENTS)
     if i_n < 0:
         return
     i_b, start, length, chunk = document(cu_seqlens, i_n, T, P, BT, DOCUMENTS)
@@ -78,9 +78,9 @@ def forward_kernel(q, k, v, y, inv, table, pairs, planes, flags, cu_seqlens, blo
     mask = (row < length) & (o_c < C)[None, :]
     b_q = tl.load(q + i_b * q_b + (start + row) * q_t + o_c[None, :], mask=mask, other=0).to(tl.float32)
     at = (i_b * T + start + row) * C + o_c[None, :]
-    tl.store(inv + at, reciprocal(b_den).to(inv.dtype.element_ty), mask=mask)
-    b_y = b_num * reciprocal(b_den * opening(b_q))
+    b_y, b_inv = gated(b_q, b_num, b_den, inv.dtype.element_ty == tl.float32)
     tl.store(y + at, b_y.to(y.dtype.element_ty), mask=mask)
+    tl.store(inv + at, b_inv.to(inv.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "P", "chunks", "slots", "last"])
@@ -88,7 +88,7 @@ def columns_kernel(q, k, v, dy, y, inv, ab, dk, dv, table, planes, flags, cu_seq
                    columns, C, Cp, chunks, q_b, q_t, k_b, k_t, v_b, v_t, dy_b, dy_t, BT: tl.constexpr, BS: tl.constexpr,
                    BC: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, FLAG: tl.constexpr,
                    DOCUMENTS: tl.constexpr):
-    i_n, i_t, i_c = locate(tl.program_id(0), blocks, slots, last, T, Cp, BT, BC, DOCUMENTS)
+    i_n, i_t, i_c = locate(tl.program_id(0), blocks, slots, last, T, Cp, BT, BC, True, DOCUMENTS)
     if i_n < 0:
         return
     if not DOCUMENTS:
@@ -213,10 +213,13 @@ def tiles_kernel(q, k, v, dy, y, inv, ab, pairs, planes, flags, sums, cu_seqlens
                     b_p = tl.where(f[None, :] > 0, b_p.to(tl.float32) * f[None, :], 0.0).to(b_a.dtype)
                     b_sum = dot(b_a, tl.trans(b_p), b_sum, PRECISION)
     else:
+        i_n, i_c, row_step, channel_step = share // n, share % n, shares // n, shares % n
         for i in tl.range(0, 2 * count, num_stages=STAGES):  # a with exp2(x - l) v, then b with exp2(x - l)
-            u = share + (i // 2) * shares
-            _, _, length, chunk = document(cu_seqlens, (u // n).to(tl.int64), T, P, BT, DOCUMENTS)
-            at = (i % 2) * plane * BT + (u % n) * BC
+            _, _, length, chunk = document(cu_seqlens, i_n.to(tl.int64), T, P, BT, DOCUMENTS)
+            at = (i % 2) * plane * BT + i_c * BC
+            i_c += (i % 2) * channel_step
+            i_n += (i % 2) * row_step + (i_c >= n).to(tl.int32)
+            i_c = tl.where(i_c < n, i_c, i_c - n)
             p_a = ab + (at + (chunk + i_t) * BT * Cp) + at_tile
             p_p = pairs + (at + (chunk + i_j) * BT * Cp) + at_tile
             if DOCUMENTS:

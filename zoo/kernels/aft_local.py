@@ -15,27 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._common import LOG2E, dot
-from zoo.kernels.aft_parts import (
-    FIRST,
-    HEAD,
-    LIMIT,
-    Problem,
-    document,
-    flagged,
-    locate,
-    opening,
-    power,
-    raised,
-    reciprocal,
-    shares_of,
-)
+from zoo.kernels.aft_parts import Problem, before, document, flagged, gated, locate, power, raised, shares_of
 
 
-@triton.jit(do_not_specialize=["T", "P", "chunks", "slots", "last"])
-def forward_kernel(q, k, v, y, inv, table, far, planes, flags, cu_seqlens, blocks, slots, last, T, P, C, Cp, chunks,
+@triton.jit(do_not_specialize=["T", "P", "chunks", "slots"])
+def forward_kernel(q, k, v, y, inv, table, far, planes, flags, cu_seqlens, blocks, slots, T, P, C, Cp, chunks,
                    q_b, q_t, k_b, k_t, v_b, v_t, BT: tl.constexpr, BC: tl.constexpr, NB: tl.constexpr,
                    STAGES: tl.constexpr, PRECISION: tl.constexpr, FLAG: tl.constexpr, DOCUMENTS: tl.constexpr):
-    i_n, i_t, i_c = locate(tl.program_id(0), blocks, slots, last, T, Cp, BT, BC, DOCUMENTS)
+    i_n, i_t, i_c = locate(tl.program_id(0), blocks, slots, 0, T, Cp, BT, BC, True, DOCUMENTS)
     if i_n < 0:
         return
     i_b, start, length, chunk = document(cu_seqlens, i_n, T, P, BT, DOCUMENTS)
@@ -85,110 +72,9 @@ def forward_kernel(q, k, v, y, inv, table, far, planes, flags, cu_seqlens, block
             b_den = b_den * fall + p
             b_m = b_next
     at = (i_b * T + start + (i_t * BT + o_t)[:, None]) * C + o_c[None, :]
-    tl.store(inv + at, reciprocal(b_den).to(inv.dtype.element_ty), mask=m_own)
-    b_y = b_num * reciprocal(b_den * opening(b_q))
+    b_y, b_inv = gated(b_q, b_num, b_den, inv.dtype.element_ty == tl.float32)
     tl.store(y + at, b_y.to(y.dtype.element_ty), mask=m_own)
-
-
-@triton.jit
-def slow_rows(q, k, v, y, inv, p_table, b_num, b_den, ref, i_b, i_t, o_c, T, C, q_b, q_t, k_b, k_t, v_b, v_t,
-              BT: tl.constexpr, BC: tl.constexpr, COLUMNS: tl.constexpr):
-    """y and 1 / den of a block whose own keys join sums over all others, as multiples of exp2(ref), row by row."""
-    o_t = tl.arange(0, BT)
-    b_m = tl.zeros([BT, BC], tl.float32) + ref[None, :]  # stays where the block is not steep
-    for i_s in range(0, tl.minimum(BT, T - i_t * BT)):
-        at = tl.cast(i_t * BT + i_s, tl.int64)
-        b_x = tl.load(k + i_b * k_b + at * k_t + o_c, mask=o_c < C, other=0).to(tl.float32)[None, :] * LOG2E
-        b_v = tl.load(v + i_b * v_b + at * v_t + o_c, mask=o_c < C, other=0).to(tl.float32)[None, :]
-        b_a = tl.load(p_table + o_t * COLUMNS + i_s).to(tl.float32)[:, None]
-        b_next = tl.where(o_t[:, None] >= i_s, tl.maximum(b_m, b_x), b_m)
-        fall = tl.exp2(b_m - b_next)
-        p = b_a * tl.exp2(tl.minimum(b_x - b_next, 0.0))
-        b_num = b_num * fall + p * b_v
-        b_den = b_den * fall + p
-        b_m = b_next
-    row = (i_t * BT + o_t)[:, None].to(tl.int64)
-    mask = (row < T) & (o_c < C)[None, :]
-    b_q = tl.load(q + i_b * q_b + row * q_t + o_c[None, :], mask=mask, other=0)
-    at = (i_b * T + row) * C + o_c[None, :]
-    tl.store(inv + at, reciprocal(b_den).to(inv.dtype.element_ty), mask=mask)
-    tl.store(y + at, (b_num * reciprocal(b_den * opening(b_q))).to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["T", "chunks"])
-def walk_kernel(q, k, v, y, inv, table, far, planes, flags, T, C, Cp, chunks, q_b, q_t, k_b, k_t, v_b, v_t,
-                BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
-    """Forward with NB = 1, a program a row and some channels from the first block to the last: no sums are made before,
-    and what they would come with: planes[0], [1], the largest level so far and ref; flags of BC channels."""
-    i_b, i_c = (tl.program_id(0) // (Cp // BC)).to(tl.int64), tl.program_id(0) % (Cp // BC)
-    o_c, o_t, o_f = i_c * BC + tl.arange(0, BC), tl.arange(0, BT), tl.arange(0, FIRST)
-    m_c = (o_c < C)[None, :]
-    n = tl.cdiv(T, BT)
-    kind = table.dtype.element_ty
-    at_k = o_t[:, None].to(tl.int64) * k_t + o_c[None, :]
-    at_v = o_t[:, None].to(tl.int64) * v_t + o_c[None, :]
-    at_q = o_t[:, None].to(tl.int64) * q_t + o_c[None, :]
-    at_y = o_t[:, None] * C + o_c[None, :]
-    at_table = o_t[:, None] * (2 * BT) + o_t[None, :]
-    plane = tl.cast(chunks, tl.int64) * Cp
-    b_f = tl.load(k + i_b * k_b + o_f[:, None].to(tl.int64) * k_t + o_c[None, :], mask=(o_f[:, None] < T) & m_c,
-                  other=0).to(tl.float32) * LOG2E
-    e = tl.ceil(tl.max(tl.where(o_f[:, None] < T, b_f, float("-inf")), 0)) + HEAD  # the level
-    flag = i_c * 0
-    s_num = tl.zeros([BT, BC], tl.float32)  # sums of all before the last block, the same in each row
-    s_den = tl.zeros([BT, BC], tl.float32)
-    b_v = tl.zeros([BT, BC], kind)  # the last block's exp2(x - e) (v, 1)
-    b_p = tl.zeros([BT, BC], kind)
-    ones = tl.full([BT, BT], 1.0, kind)
-    for i_t in tl.range(0, n, num_stages=STAGES):
-        m_t = i_t * BT + o_t[:, None] < T
-        at = (i_b * n + i_t) * Cp
-        b_k = tl.load(k + (i_b * k_b + tl.cast(i_t, tl.int64) * BT * k_t) + at_k, mask=m_t & m_c, other=float("-inf"))
-        b_u = tl.load(v + (i_b * v_b + tl.cast(i_t, tl.int64) * BT * v_t) + at_v, mask=m_t & m_c, other=0)
-        b_q = tl.load(q + (i_b * q_b + tl.cast(i_t, tl.int64) * BT * q_t) + at_q, mask=m_t & m_c, other=0)
-        a_last = tl.load(table + i_t * (2 * BT * BT) + at_table)
-        a_own = tl.load(table + (i_t * (2 * BT * BT) + BT) + at_table)
-        b_far = tl.load(far + i_t * BT + o_t)[:, None]
-        b_k = b_k.to(tl.float32)
-        above = tl.max(tl.max((b_k * LOG2E > e[None, :]).to(tl.int32), 1), 0)
-        slow = i_t * 0
-        if (i_t == 0) | (above > 0):
-            key = tl.load(k + i_b * k_b + o_c, mask=o_c < C, other=0).to(tl.float32) * LOG2E
-            top = tl.max(b_k, 0) * LOG2E
-            old = e
-            e = tl.where(top > e, tl.ceil(top) + HEAD, e)
-            # all keys before are not within LIMIT: of those that made the last level one is within HEAD + 1
-            steep = tl.where(i_t == 0, e - key > LIMIT, e - old > LIMIT - HEAD - 1)
-            slow = tl.max(steep.to(tl.int32), 0)
-            if slow > 0:
-                ref = tl.where(steep, tl.where(i_t == 0, key, old), e)
-                tl.store(planes + plane + at + o_c, ref)
-                fall = tl.exp2(tl.minimum(old - ref, 0.0))[None, :]
-                c_num = dot(a_last, b_v, s_num * b_far, PRECISION) * fall
-                c_den = dot(a_last, b_p, s_den * b_far, PRECISION) * fall
-                slow_rows(q, k, v, y, inv, table + i_t * (2 * BT * BT) + BT, c_num, c_den, ref, i_b, i_t, o_c, T, C,
-                          q_b, q_t, k_b, k_t, v_b, v_t, BT, BC, 2 * BT)
-            fall = tl.exp2(old - e)[None, :]
-            s_num *= fall
-            s_den *= fall
-            b_v = (b_v.to(tl.float32) * fall).to(kind)
-            b_p = (b_p.to(tl.float32) * fall).to(kind)
-            flag = tl.maximum(flag, above)
-        b_num = dot(a_last, b_v, s_num * b_far, PRECISION)
-        b_den = dot(a_last, b_p, s_den * b_far, PRECISION)
-        s_num = dot(ones, b_v, s_num, PRECISION)
-        s_den = dot(ones, b_p, s_den, PRECISION)
-        p = power(b_k, e)
-        b_v, b_p = (p * b_u.to(tl.float32)).to(kind), p.to(kind)
-        b_num = dot(a_own, b_v, b_num, PRECISION)
-        b_den = dot(a_own, b_p, b_den, PRECISION)
-        mask = m_t & m_c & (slow == 0)
-        at_own = (i_b * T + i_t * BT) * C
-        tl.store(inv + at_own + at_y, reciprocal(b_den).to(inv.dtype.element_ty), mask=mask)
-        tl.store(y + at_own + at_y, (b_num * reciprocal(b_den * opening(b_q))).to(y.dtype.element_ty), mask=mask)
-        tl.store(planes + at + o_c, e)
-        tl.store(planes + plane + at + o_c, e, mask=slow == 0)
-        tl.store(flags + (i_b * n + i_t) * (Cp // BC) + i_c, tl.maximum(flag, slow))
+    tl.store(inv + at, b_inv.to(inv.dtype.element_ty), mask=m_own)
 
 
 @triton.jit
@@ -237,11 +123,11 @@ def seen_by(p_ab, p_plane, level, plane, d, there, Cp, BT: tl.constexpr):
 
 
 @triton.jit
-def keys_of(k, v, planes, u, n, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, BT: tl.constexpr, BC: tl.constexpr,
-            DOCUMENTS: tl.constexpr):
-    """exp2(x - l_j) of the block of unit u, as such and with v; where they stand; the length of its row."""
-    i_b, start, length, chunk = document(cu_seqlens, (u // n).to(tl.int64), T, P, BT, DOCUMENTS)
-    o_c = (u % n) * BC + tl.arange(0, BC)
+def keys_of(k, v, planes, i_n, i_c, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, BT: tl.constexpr,
+            BC: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """exp2(x - l_j) of block i_t of row or document i_n, as such and with v; where they stand; the row's length."""
+    i_b, start, length, chunk = document(cu_seqlens, i_n.to(tl.int64), T, P, BT, DOCUMENTS)
+    o_c = i_c * BC + tl.arange(0, BC)
     row = (i_t * BT + tl.arange(0, BT))[:, None].to(tl.int64)
     mask = (row < length) & (o_c < C)[None, :]
     b_k = tl.load(k + i_b * k_b + (start + row) * k_t + o_c[None, :], mask=mask, other=float("-inf")).to(tl.float32)
@@ -269,12 +155,14 @@ def band_kernel(q, k, v, dy, y, inv, ab, seen, dk, dv, table, planes, flags, sum
     b_next = tl.trans(tl.load(p_table + BT * columns - BT, mask=below, other=0))
     w_own = tl.zeros([BT, BT], tl.float32)
     w_next = tl.zeros([BT, BT], tl.float32)
+    unit, row_step, channel_step = share + (count - 1) * shares, shares // n, shares % n
+    i_n, i_c = unit // n, unit % n  # the last first: what was made a moment ago, the L2 cache still has
     dirty = flagged(flags, cu_seqlens, share, shares, count, i_t, NB + 1, T, P, n, BT, DOCUMENTS)
     if dirty:
-        for i in tl.range(0, count, num_stages=1):
-            u = share + i * shares
+        for _ in tl.range(0, count, num_stages=1):
             p, p_v, level, o_c, at, mask, chunk, length = keys_of(
-                k, v, planes, u, n, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, BT, BC, DOCUMENTS)
+                k, v, planes, i_n, i_c, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, BT, BC, DOCUMENTS)
+            i_n, i_c = before(i_n, i_c, row_step, channel_step, n)
             p_plane = planes + chunk * Cp + o_c
             p_ab = ab + (chunk * BT + o_r[:, None]) * Cp + o_c[None, :]
             b_a, b_b, f = seen_by(p_ab, p_plane, level, plane, 0, i_t * BT < length, Cp, BT)
@@ -302,10 +190,10 @@ def band_kernel(q, k, v, dy, y, inv, ab, seen, dk, dv, table, planes, flags, sum
             tl.store(dv + at, (p * b_dv).to(dv.dtype.element_ty), mask=mask)
             tl.store(dk + at, (p_v * b_dv + p * b_rest).to(dk.dtype.element_ty), mask=mask)
     else:  # the same where all factors are 1
-        for i in tl.range(0, count, num_stages=STAGES):
-            u = share + i * shares
+        for _ in tl.range(0, count, num_stages=STAGES):
             p, p_v, level, o_c, at, mask, chunk, length = keys_of(
-                k, v, planes, u, n, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, BT, BC, DOCUMENTS)
+                k, v, planes, i_n, i_c, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, BT, BC, DOCUMENTS)
+            i_n, i_c = before(i_n, i_c, row_step, channel_step, n)
             p_ab = ab + (chunk * BT + o_r[:, None]) * Cp + o_c[None, :]
             there, after, beyond = i_t * BT < length, (i_t + 1) * BT < length, (i_t + NB + 1) * BT < length
             b_a = tl.load(p_ab, mask=there, other=0)
@@ -340,9 +228,9 @@ def band_kernel(q, k, v, dy, y, inv, ab, seen, dk, dv, table, planes, flags, sum
         if i_t + d < blocks:
             w = tl.zeros([BT, BT], tl.float32)
             for i in tl.range(0, count, num_stages=1):
-                p, p_v, level, o_c, _, _, chunk, length = keys_of(
-                    k, v, planes, share + i * shares, n, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, BT, BC,
-                    DOCUMENTS)
+                u = share + i * shares
+                p, p_v, level, o_c, at, mask, chunk, length = keys_of(
+                    k, v, planes, u // n, u % n, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, BT, BC, DOCUMENTS)
                 p_ab = ab + (chunk * BT + o_r[:, None]) * Cp + o_c[None, :]
                 b_a, b_b, f = seen_by(p_ab, planes + chunk * Cp + o_c, level, plane, d, (i_t + d) * BT < length, Cp, BT)
                 w = dot(b_a, tl.trans((p_v * f[None, :]).to(b_a.dtype)), w, PRECISION)
@@ -363,27 +251,13 @@ def band_kernel(q, k, v, dy, y, inv, ab, seen, dk, dv, table, planes, flags, sum
                            i_t, at_c, C, ref, steep, T, q_b, q_t, k_b, k_t, v_b, v_t, dy_b, dy_t, BT, columns)
 
 
-def walk(q: Tensor, k: Tensor, v: Tensor, table: Tensor, far: Tensor,
-         p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> y, 1 / den as multiples of exp2(-ref), planes, flags."""
-    y, inv = q.new_empty(q.shape), q.new_empty(q.shape, dtype=p.kind)
-    planes = v.new_empty(6, p.chunks, p.Cp, dtype=torch.float32)
-    flags = v.new_empty(p.chunks * (p.Cp // p.flag), dtype=torch.int32)
-    c = p.config("walk")
-    walk_kernel[(p.batch * (p.Cp // p.flag),)](
-        q, k, v, y, inv, table, far, planes, flags, p.length, p.channels, p.Cp, p.chunks, *q.stride()[:2],
-        *k.stride()[:2], *v.stride()[:2], BT=p.BT, BC=p.flag, STAGES=c.stages, PRECISION=p.PRECISION, num_warps=c.warps,
-        maxnreg=c.registers)
-    return y, inv, planes, flags
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor, far: Tensor, planes: Tensor, flags: Tensor,
             p: Problem, blocks: Tensor | None) -> tuple[Tensor, Tensor]:
     """-> y, and 1 / den as multiples of exp2(-ref)."""
     y, inv = q.new_empty(q.shape), q.new_empty(q.shape, dtype=p.kind)
     options = p.products("local")
     forward_kernel[(p.chunks * (p.Cp // options["BC"]),)](
-        q, k, v, y, inv, table, far, planes, flags, p.cu_seqlens, blocks, p.chunks, p.all_of("local"), p.length, p.rows,
+        q, k, v, y, inv, table, far, planes, flags, p.cu_seqlens, blocks, p.chunks, p.length, p.rows,
         p.channels, p.Cp, p.chunks, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], NB=p.NB, **options)
     return y, inv
 

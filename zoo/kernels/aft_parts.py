@@ -25,6 +25,7 @@ from zoo.kernels._common import INTERPRETED, LOG2E, document_chunks, power_of_tw
 FLOOR = tl.constexpr(-60.0)  # how far below the largest of its row a bias can count, in units of e
 HEAD = tl.constexpr(12.0)  # how far a new level stands above the keys that it is made from
 LIMIT = tl.constexpr(32.0)  # how far below ref_i all keys before a block of rows may be
+TINY = tl.constexpr(2.0**-12)  # exp2(-HEAD)
 LN2 = tl.constexpr(0.6931471805599453)
 FIRST = tl.constexpr(16)  # keys that make the first level
 
@@ -47,11 +48,9 @@ CONFIGS = {
     ("tiles", 2): Config(128, 128, 64, 4, 3), ("tiles", 4): Config(64, 64, 32, 4, 2),
     ("local", 2): Config(64, 64, 32, 4, 2), ("local", 4): Config(64, 64, 32, 4, 2),
     ("band", 2): Config(64, 64, 32, 4, 2), ("band", 4): Config(64, 64, 32, 4, 1),
-    ("walk", 2): Config(64, 64, 32, 4, 2), ("walk", 4): Config(64, 64, 32, 4, 1),
     ("prepare", 2): Config(0, 0, 64, 4, 1), ("prepare", 4): Config(0, 0, 32, 4, 1),
     ("rows", 2): Config(0, 64, 64, 8, 1), ("rows", 4): Config(0, 32, 32, 4, 1),
 }
-WALKS = 264  # rows times blocks of channels from which on a program walks along each
 PROGRAMS = 264  # of the kernels that sum over the batch, at a time: two for each of a GPU's processors
 
 
@@ -72,24 +71,36 @@ def document(cu_seqlens, i_n, T, P, BT: tl.constexpr, DOCUMENTS: tl.constexpr):
 
 
 @triton.jit
-def locate(pid, blocks, slots, last, T, C, BT: tl.constexpr, BC: tl.constexpr, DOCUMENTS: tl.constexpr):
+def locate(pid, blocks, slots, last, T, C, BT: tl.constexpr, BC: tl.constexpr, BACK: tl.constexpr,
+           DOCUMENTS: tl.constexpr):
     """Of program pid: its row or document (-1: none), its block there, its channels.
 
     All blocks of a row's channels one after the other, from the last: they share operands, and as their sums differ in
     length, programs that run at a time are not all at their ends, which ask memory for the most. For the `last` of
-    (row, channels) one block of all after the other, so that no long sum begins late.
+    (row, channels) one block of all after the other, so that no long sum begins late. BACK: from the last row, whose
+    operands, made a moment ago, the L2 cache still has.
     """
     if DOCUMENTS:
         slot = pid % slots
         return tl.load(blocks + 2 * slot).to(tl.int64), tl.load(blocks + 2 * slot + 1), pid // slots
     else:
         n, tiles = tl.cdiv(T, BT), tl.cdiv(C, BC)
-        body = slots // n * tiles - last
-        rest = pid - body * n
+        pairs = slots // n * tiles
+        rest = pid - (pairs - last) * n
         pair, i_t = pid // n, n - 1 - pid % n
         if rest >= 0:
-            pair, i_t = body + rest % last, n - 1 - rest // last
+            pair, i_t = pairs - last + rest % last, n - 1 - rest // last
+        if BACK:
+            pair = pairs - 1 - pair
         return (pair // tiles).to(tl.int64), i_t, pair % tiles
+
+
+@triton.jit
+def before(i_n, i_c, row_step, channel_step, n):
+    """Rows and channels so many units of n a row before, without a division."""
+    i_c -= channel_step
+    i_n -= row_step + (i_c < 0).to(tl.int32)
+    return i_n, tl.where(i_c < 0, i_c + n, i_c)
 
 
 @triton.jit
@@ -100,23 +111,40 @@ def raised(flags, chunk, i_c, Cp, BC: tl.constexpr, FLAG: tl.constexpr):
 
 
 @triton.jit
-def reciprocal(x):
-    """1 / x of finite x > 0: a few instructions, where a division takes many."""
-    root = tl.rsqrt(x)
-    y = root * root
-    return y * (2 - x * y)
-
-
-@triton.jit
-def power(b_k, level):
-    """exp2(x - level) of keys [rows, channels] no larger than that; the difference first, as a product is rounded."""
-    return tl.exp2(tl.minimum((b_k - (level * LN2)[None, :]) * LOG2E, 0.0))
+def reciprocal(x, EXACT: tl.constexpr):
+    """1 / x of finite x > 0; not EXACT: to 2^-21, in fewer instructions than a division."""
+    if EXACT:
+        return 1 / x
+    else:
+        root = tl.rsqrt(x)
+        return root * root
 
 
 @triton.jit
 def opening(b_q):
     """1 / sigmoid(q), at most 2^100."""
     return 1 + tl.exp2(tl.minimum(b_q.to(tl.float32) * -LOG2E, 100.0))
+
+
+@triton.jit
+def gated(b_q, b_num, b_den, EXACT: tl.constexpr):
+    """sigmoid(q) num / den and 1 / den."""
+    by = opening(b_q)
+    if EXACT:
+        b_inv = 1 / b_den
+        return b_num * b_inv / by, b_inv
+    else:
+        b_inv = reciprocal(b_den * by, False)
+        return b_num * b_inv, b_inv * by
+
+
+@triton.jit
+def power(b_k, level):
+    """exp2(x - level) of keys [rows, channels] that are no larger.
+
+    The difference is taken first, and from HEAD lower, near the keys: there it is rounded the least.
+    """
+    return tl.exp2(tl.minimum((b_k - ((level - HEAD) * LN2)[None, :]) * LOG2E, HEAD)) * TINY
 
 
 @triton.jit(do_not_specialize=["bias_t", "rows", "W"])
@@ -151,12 +179,12 @@ def table_kernel(bias, table, largest, bias_t, rows, columns, W, BT: tl.constexp
         tl.store(largest + tl.num_programs(0) + i_t, tl.where(i_t < rows, beyond, 0.0))
 
 
-@triton.jit(do_not_specialize=["T", "P", "chunks", "slots", "last"])
-def prepare_kernel(k, v, pairs, planes, cu_seqlens, blocks, slots, last, T, P, C, Cp, chunks, k_b, k_t, v_b, v_t,
+@triton.jit(do_not_specialize=["T", "P", "chunks", "slots"])
+def prepare_kernel(k, v, pairs, planes, cu_seqlens, blocks, slots, T, P, C, Cp, chunks, k_b, k_t, v_b, v_t,
                    BT: tl.constexpr, BC: tl.constexpr, LOCAL: tl.constexpr, DOCUMENTS: tl.constexpr):
     """planes[0], [3]: level and largest key of the block. Full: pairs [2, chunks BT, Cp] of exp2(x - level) (v, 1);
     LOCAL: planes[4], [5]: their sums."""
-    i_n, i_t, i_c = locate(tl.program_id(0), blocks, slots, last, T, Cp, BT, BC, DOCUMENTS)
+    i_n, i_t, i_c = locate(tl.program_id(0), blocks, slots, 0, T, Cp, BT, BC, False, DOCUMENTS)
     if i_n < 0:
         return
     i_b, start, length, chunk = document(cu_seqlens, i_n, T, P, BT, DOCUMENTS)
@@ -284,14 +312,14 @@ def flagged(flags, cu_seqlens, share, shares, count, i_t, NB: tl.constexpr, T, P
     return tl.max(worst, 0) > 0
 
 
-@triton.jit(do_not_specialize=["T", "P", "chunks", "slots", "last"])
-def rows_kernel(q, k, dy, y, inv, dq, ab, planes, flags, seen, far, cu_seqlens, blocks, slots, last, T, P, C, Cp,
+@triton.jit(do_not_specialize=["T", "P", "chunks", "slots"])
+def rows_kernel(q, k, dy, y, inv, dq, ab, planes, flags, seen, far, cu_seqlens, blocks, slots, T, P, C, Cp,
                 chunks, q_b, q_t, k_b, k_t, dy_b, dy_t, BT: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
                 FLAG: tl.constexpr, LOCAL: tl.constexpr, DOCUMENTS: tl.constexpr):
     """dq; ab [2, chunks BT, Cp]: a, b, as multiples of exp2(-ref); LOCAL: seen [2, chunks, Cp], their sums over the
     block, weighed as by a key far back. A program has BS rows, LOCAL all BT of the block."""
     part = tl.program_id(0) % (BT // BS) * BS
-    i_n, i_t, i_c = locate(tl.program_id(0) // (BT // BS), blocks, slots, last, T, Cp, BT, BC, DOCUMENTS)
+    i_n, i_t, i_c = locate(tl.program_id(0) // (BT // BS), blocks, slots, 0, T, Cp, BT, BC, False, DOCUMENTS)
     if i_n < 0:
         return
     i_b, start, length, chunk = document(cu_seqlens, i_n, T, P, BT, DOCUMENTS)
@@ -306,7 +334,7 @@ def rows_kernel(q, k, dy, y, inv, dq, ab, planes, flags, seen, far, cu_seqlens, 
     b_dy = tl.load(dy + i_b * dy_b + (start + row) * dy_t + o_c[None, :], mask=mask, other=0).to(tl.float32)
     b_y = tl.load(y + at, mask=mask, other=0).to(tl.float32)
     b_inv = tl.load(inv + at, mask=mask, other=0).to(tl.float32)
-    gate = reciprocal(opening(b_q))
+    gate = reciprocal(opening(b_q), inv.dtype.element_ty == tl.float32)
     b_b = b_dy * b_y
     tl.store(dq + at, (b_b * (1 - gate)).to(dq.dtype.element_ty), mask=mask)
     plane = tl.cast(chunks, tl.int64) * Cp
@@ -408,7 +436,6 @@ class Problem:
         else:
             self.documents = len(cu_seqlens) - 1
             self.chunks = self.length // self.BT + self.documents
-        self.walks = self.NB == 1 and cu_seqlens is None and self.batch * (self.Cp // self.flag) >= WALKS
         self.operand_shape = 2, self.chunks * self.BT, self.Cp
 
     def config(self, kernel: str) -> Config:
@@ -425,10 +452,6 @@ class Problem:
         """For `locate`: as many (row, channels) as two rounds of programs take."""
         pairs = self.batch * (self.Cp // self.channel_block(kernel))
         return min(pairs, -(-2 * PROGRAMS // -(-self.length // self.BT)))
-
-    def all_of(self, kernel: str) -> int:
-        """The same for kernels without sums, whose neighbours in memory go at a time."""
-        return self.batch * (self.Cp // self.channel_block(kernel))
 
     def options(self, kernel: str) -> dict[str, Any]:
         """The constants of a kernel's build."""
@@ -458,7 +481,7 @@ def prepare(k: Tensor, v: Tensor, p: Problem, blocks: Tensor | None) -> tuple[Te
     planes = v.new_empty(6 if p.local else 4, p.chunks, p.Cp, dtype=torch.float32)
     options = p.options("prepare")
     prepare_kernel[(p.chunks * (p.Cp // options["BC"]),)](
-        k, v, pairs, planes, p.cu_seqlens, blocks, p.chunks, p.all_of("prepare"), p.length, p.rows, p.channels, p.Cp,
+        k, v, pairs, planes, p.cu_seqlens, blocks, p.chunks, p.length, p.rows, p.channels, p.Cp,
         p.chunks, *k.stride()[:2], *v.stride()[:2], LOCAL=p.local, **options)
     flags = v.new_empty(p.chunks * (p.Cp // p.flag), dtype=torch.int32)
     scan_kernel[(p.documents * (p.Cp // p.flag),)](
@@ -475,7 +498,7 @@ def factors(q: Tensor, k: Tensor, dy: Tensor, y: Tensor, inv: Tensor, planes: Te
     options = p.options("rows")
     BS = p.BT if p.local else min(p.BT, p.config("rows").BS)
     rows_kernel[(p.chunks * (p.Cp // options["BC"]) * (p.BT // BS),)](
-        q, k, dy, y, inv, dq, ab, planes, flags, seen, largest[1], p.cu_seqlens, blocks, p.chunks, p.all_of("rows"),
+        q, k, dy, y, inv, dq, ab, planes, flags, seen, largest[1], p.cu_seqlens, blocks, p.chunks,
         p.length, p.rows, p.channels, p.Cp, p.chunks, *q.stride()[:2], *k.stride()[:2], *dy.stride()[:2], BS=BS,
         FLAG=p.flag, LOCAL=p.local, **options)
     if p.local:
