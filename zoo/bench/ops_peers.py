@@ -173,7 +173,7 @@ _PEERS = (
          package="performer-pytorch", tolerance=0.2),
     Peer("torch", _WITH_FORMULA, _plain, on_cpu=True),
     Peer("torch-compile", _WITH_FORMULA, _compiled(_PLAIN), compiles=True),
-    Peer("torch-compile-safe", ("aft_full",), _compiled(_SAFE), compiles=True, longest=4096),
+    Peer("torch-compile-safe", ("aft_full",), _compiled(_SAFE), compiles=True, longest=1024),
     Peer("torch-compile-safe", ("aft_simple",), _compiled(_SAFE), compiles=True),
     Peer("liger", ("linear_cross_entropy",), _liger(), module="liger_kernel", package="liger-kernel"),
     Peer("liger-float32", ("linear_cross_entropy",), _liger(accum_dtype=torch.float32), module="liger_kernel",
