@@ -269,12 +269,12 @@ def memory(N: int, D: int, V: int, element: int, total: bool = True) -> int:
 
     x, weight, piece = N * D * element, V * D * element, max(LEAST, N * D * element)
     lists = 64 * N + (1 << 20)  # losses, lse and the like
-    if V <= D:
-        return (1 if total else 2) * N * (V + 16) * element + x + 3 * 4 * V * D + lists
+    if total and V <= D:
+        return N * (V + 16) * element + x + 3 * 4 * V * D + lists
     if total:
         piece = max(piece, max(ALIGNED, TOKENS) * (V + 16) * element)
         columns = min(x, (piece // (V * element) + ALIGNED) * D * element)  # of x, for dweight's product
         return max(x + 4 * V * D + max(piece + columns, weight), 2 * x + 2 * weight) + lists
     piece = max(piece, ALIGNED * max(N, V + 16) * element)
-    part = 4 * D * max(piece // max(1, element * min(N, V)), ALIGNED)  # dx or dweight of a piece in float32
-    return max(x + weight + piece, 2 * x + weight) + part + 4 * ALIGNED * D + lists
+    part = 4 * D * (piece // max(1, element * N) + ALIGNED)  # dweight of a slice in float32
+    return max(x + weight + piece, 2 * x + weight) + part + lists
