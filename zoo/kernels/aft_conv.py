@@ -23,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._common import INTERPRETED, LOG2E, dot, power_of_two
-from zoo.kernels.aft_simple import EMPTY, PIECES, Plan, chain_kernel, cut_rows, place
+from zoo.kernels.aft_simple import PIECES, chain_kernel
+from zoo.kernels.aft_sums import EMPTY, Plan, cut_rows, exp2, place
 
 LN2 = tl.constexpr(0.6931471805599453)
 PROGRAMS = 2  # on every multiprocessor, to aim at by cutting rows
@@ -124,7 +125,7 @@ def forward_kernel(q, k, v, table, y, lse, starts, cu_seqlens, T, H, K, L, piece
         before = (b_old[None, :] - largest[:, None]) * LOG2E + tile(table, i_h, 1, BT)
         far = (c_m - largest) * LOG2E
         top = tl.maximum(tl.maximum(tl.max(near, 1), tl.max(before, 1)), far)
-        near, before, far = tl.exp2(near - top[:, None]), tl.exp2(before - top[:, None]), tl.exp2(far - top)
+        near, before, far = exp2(near - top[:, None]), exp2(before - top[:, None]), exp2(far - top)
         b_d = tl.sum(near, 1) + tl.sum(before, 1) + far * c_d
         b_n = dot(near.to(v.dtype.element_ty), b_v, far[:, None] * c_n[None, :], PRECISION)
         b_n = dot(before.to(v.dtype.element_ty), b_v_old, b_n, PRECISION)
@@ -140,8 +141,8 @@ def forward_kernel(q, k, v, table, y, lse, starts, cu_seqlens, T, H, K, L, piece
 def absorb(c_m, c_n, c_d, b_k, b_v, m_t):
     """Sums with the tokens of a chunk, where m_t."""
     top = tl.maximum(c_m, tl.max(b_k, 0))
-    p = tl.where(m_t, tl.exp2((b_k - top) * LOG2E), 0.0)
-    f = tl.exp2((c_m - top) * LOG2E)
+    p = tl.where(m_t, exp2((b_k - top) * LOG2E), 0.0)
+    f = exp2((c_m - top) * LOG2E)
     return top, c_n * f + tl.sum(p[:, None] * b_v.to(tl.float32), 0), c_d * f + tl.sum(p, 0)
 
 

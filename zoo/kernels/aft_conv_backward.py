@@ -23,7 +23,8 @@ from torch import Tensor
 
 from zoo.kernels._common import INTERPRETED, LOG2E, dot, power_of_two
 from zoo.kernels.aft_conv import LN2, keys, make_table, plan, sizes, tile
-from zoo.kernels.aft_simple import PIECES, join, joined_before, place, row_slots
+from zoo.kernels.aft_simple import PIECES
+from zoo.kernels.aft_sums import exp2, join, joined_before, place, row_slots
 
 LAST = tl.constexpr(1e30)  # lse of a row that is not there
 
@@ -49,7 +50,7 @@ def rows_kernel(q, y, dy, dq, g, delta, T, H, K, rows, q_b, q_t, q_h, dy_b, dy_t
 def absorb_rows(c_e, c_a, c_b, b_l, b_r, b_g, b_delta):
     """Sums with the rows of a chunk, whose lse is b_l + b_r log(2)."""
     e = tl.minimum(c_e, tl.min(b_l + b_r * LN2, 0))
-    f, p = tl.exp2((e - c_e) * LOG2E), tl.exp2((e - b_l) * LOG2E - b_r)
+    f, p = exp2((e - c_e) * LOG2E), exp2((e - b_l) * LOG2E - b_r)
     return e, c_a * f + tl.sum(p[:, None] * b_g.to(tl.float32), 0), c_b * f + tl.sum(p * b_delta, 0)
 
 
@@ -95,15 +96,15 @@ def backward_kernel(k, v, table, g, delta, lse, dk, dv, tiles, ends, cu_seqlens,
         r_next = tl.load(p_l + plane + after * H, mask=m_next, other=0)
         b_d = tl.load(p_d + row * H, mask=m_t & (i_v == 0), other=0)  # once for all programs of a head
         d_next = tl.load(p_d + after * H, mask=m_next & (i_v == 0), other=0)
-        f = tl.exp2((b_k - c_e) * LOG2E)
+        f = exp2((b_k - c_e) * LOG2E)
         w = tile(table, i_h, 0, BT)  # keys down, rows across
-        p = tl.exp2((b_k[:, None] - b_l[None, :]) * LOG2E + (w - b_r[None, :]))
+        p = exp2((b_k[:, None] - b_l[None, :]) * LOG2E + (w - b_r[None, :]))
         b_dv = dot(p.to(v.dtype.element_ty), b_g, f[:, None] * c_a[None, :], PRECISION)
         p *= dot(b_v, tl.trans(b_g), tl.zeros([BT, BT], tl.float32), PRECISION) - b_d[None, :]
         b_dk = tl.sum(p, 1)
         t_own += p
         w = tile(table, i_h, 1, BT)
-        p = tl.exp2((b_k[:, None] - l_next[None, :]) * LOG2E + (w - r_next[None, :]))
+        p = exp2((b_k[:, None] - l_next[None, :]) * LOG2E + (w - r_next[None, :]))
         b_dv = dot(p.to(v.dtype.element_ty), g_next, b_dv, PRECISION)
         tl.store(p_dv + row[:, None] * (H * K), b_dv.to(dv.dtype.element_ty), mask=m_t[:, None] & m_v)
         p *= dot(b_v, tl.trans(g_next), tl.zeros([BT, BT], tl.float32), PRECISION) - d_next[None, :]

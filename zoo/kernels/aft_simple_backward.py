@@ -20,18 +20,17 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._common import INTERPRETED, LOG2E
-from zoo.kernels.aft_simple import (
-    PIECES,
+from zoo.kernels.aft_simple import PIECES, alike, config, cut, plan
+from zoo.kernels.aft_sums import (
     add,
     before,
     careful,
-    config,
-    cut,
+    exp2,
     exponent,
+    inverse,
     join,
     joined_before,
     place,
-    plan,
     row_slots,
     rows,
 )
@@ -42,7 +41,7 @@ LAST = tl.constexpr(1e30)  # e of what comes after the last token: nothing
 @triton.jit
 def fall(m1, a1, b1, m2, a2, b2):
     """Sums a1, b1 of later rows and a2, b2 of earlier ones, multiples of 2^-m, as multiples of 2^-m2; m2 <= m1."""
-    f = tl.exp2(m2 - m1)
+    f = exp2(m2 - m1)
     return m2, a2 + a1 * f, b2 + b1 * f
 
 
@@ -63,7 +62,7 @@ def fallen_after(m, a, b, last):
 
 @triton.jit(do_not_specialize=["T", "L", "pieces", "documents", "chunks", "segments"])
 def backward_kernel(q, k, v, dy, dq, dk, dv, states, steep, ends, sums, cu_seqlens, T, C, L, pieces, documents, chunks,
-                    segments, q_b, q_t, k_b, k_t, v_b, v_t, dy_b, dy_t, R: tl.constexpr, W: tl.constexpr,
+                    segments, x_b, x_t, R: tl.constexpr, W: tl.constexpr,
                     BC: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr, SUMMARY: tl.constexpr):
     """Gradients of a segment, or with SUMMARY the sums of a and b of one that another precedes. `sums`: where those
     go, by segment; without SUMMARY those at the first token of every row of the batch, or None."""
@@ -80,12 +79,6 @@ def backward_kernel(q, k, v, dy, dq, dk, dv, states, steep, ends, sums, cu_seqle
     m_c = o_c < C
     every = o_t * 0 + o_c
     n = tl.cdiv(length, BT)
-    p_q = q + i_b * q_b + first * q_t
-    p_k = k + i_b * k_b + first * k_t
-    p_v = v + i_b * v_b + first * v_t
-    p_dy = dy + i_b * dy_b + first * dy_t
-    own = (i_b * T + first) * C + o_c
-    p_s = states + (chunk + n - 1) * C + every
     plane = tl.cast(chunks, tl.int64) * C
     slots = tl.cast(segments, tl.int64) * C
     if ends is None:
@@ -98,12 +91,18 @@ def backward_kernel(q, k, v, dy, dq, dk, dv, states, steep, ends, sums, cu_seqle
         c_a = tl.load(ends + slots + tl.cast(i_s, tl.int64) * C + every, mask=m_e, other=0)
         c_b = tl.load(ends + 2 * slots + tl.cast(i_s, tl.int64) * C + every, mask=m_e, other=0)
     smooth = tl.minimum(tl.load(steep + tl.program_id(0)), n)
+    o_x, o_y, step = o_t * x_t + o_c, o_t * C + o_c, tl.cast(x_t, tl.int64) * BT
+    o_0 = first + (n - 1) * BT
+    here, own = i_b * x_b + o_0 * x_t, (i_b * T + o_0) * C
+    p_q, p_k, p_v, p_dy = q + here, k + here, v + here, dy + own
+    p_dq, p_dk, p_dv = dq + own, dk + own, dv + own
+    p_s = states + (chunk + n - 1) * C + every
     for i in range(0, n - smooth):
         row = (n - 1 - i) * BT + o_t
-        b_k = rows(p_k + o_c, k_t, row, length, m_c, float("-inf"), R)
-        b_v = rows(p_v + o_c, v_t, row, length, m_c, 0.0, R)
-        b_q = rows(p_q + o_c, q_t, row, length, m_c, 0.0, R)
-        b_dy = rows(p_dy + o_c, dy_t, row, length, m_c, 0.0, R)
+        b_k = rows(p_k, o_x, x_t, row, length, m_c, float("-inf"), R)
+        b_v = rows(p_v, o_x, x_t, row, length, m_c, 0.0, R)
+        b_q = rows(p_q, o_x, x_t, row, length, m_c, 0.0, R)
+        b_dy = rows(p_dy, o_y, C, row, length, m_c, 0.0, R)
         s_m = tl.load(p_s, mask=m_c, other=0)
         s_n = tl.load(p_s + plane, mask=m_c, other=0)
         s_d = tl.load(p_s + 2 * plane, mask=m_c, other=1)
@@ -113,12 +112,13 @@ def backward_kernel(q, k, v, dy, dq, dk, dv, states, steep, ends, sums, cu_seqle
         t_m, t_a, t_b = tl.tuple(()), tl.tuple(()), tl.tuple(())
         for r in tl.static_range(R):
             b_m, b_n, b_d = join(b_m, b_n, b_d, exponent(b_k[r]), b_v[r].to(tl.float32), 1.0)
-            mean, gate = b_n / b_d, tl.sigmoid(b_q[r].to(tl.float32))
+            share = inverse(b_d)
+            mean, gate = b_n * share, inverse(1 + exp2(b_q[r].to(tl.float32) * -LOG2E))
             g = tl.where(row + r < length, b_dy[r].to(tl.float32) * gate, 0.0)
             if not SUMMARY:
-                tl.store(dq + own + (row + r).to(tl.int64) * C, (g * mean * (1 - gate)).to(dq.dtype.element_ty),
+                tl.store(p_dq + (o_y + C * r), (g * mean * (1 - gate)).to(dq.dtype.element_ty),
                          mask=(row + r < length) & m_c)
-            a = g / b_d
+            a = g * share
             t_m += (b_m,)
             t_a += (a,)
             t_b += (tl.where(row + r < length, a * mean, 0.0),)
@@ -130,21 +130,27 @@ def backward_kernel(q, k, v, dy, dq, dk, dv, states, steep, ends, sums, cu_seqle
             last, b_a, b_b = fall(c_e, c_a, c_b, t_m[R - 1], b_a, b_b)
             for r in tl.static_range(R):
                 last, b_a, b_b = fall(last, b_a, b_b, t_m[R - 1 - r], t_a[R - 1 - r], t_b[R - 1 - r])
-                p = tl.exp2(exponent(b_k[R - 1 - r]) - last)
-                at = own + (row + R - 1 - r).to(tl.int64) * C
+                p = exp2(exponent(b_k[R - 1 - r]) - last)
                 mask = (row + R - 1 - r < length) & m_c
-                tl.store(dv + at, (p * b_a).to(dv.dtype.element_ty), mask=mask)
-                tl.store(dk + at, (p * (b_v[R - 1 - r].to(tl.float32) * b_a - b_b)).to(dk.dtype.element_ty), mask=mask)
+                tl.store(p_dv + (o_y + C * (R - 1 - r)), (p * b_a).to(dv.dtype.element_ty), mask=mask)
+                b_dk = p * (b_v[R - 1 - r].to(tl.float32) * b_a - b_b)
+                tl.store(p_dk + (o_y + C * (R - 1 - r)), b_dk.to(dk.dtype.element_ty), mask=mask)
         _, w_a, w_b = fall(w_m, w_a, w_b, s_m, 0.0, 0.0)
         w_a, w_b = tl.reduce((w_a, w_b), 0, add)
         c_e, c_a, c_b = fall(c_e, c_a, c_b, s_m, w_a[None, :], w_b[None, :])
-        p_s -= C
+        p_q, p_k, p_v, p_s = p_q - step, p_k - step, p_v - step, p_s - C
+        p_dy, p_dq, p_dk, p_dv = p_dy - BT * C, p_dq - BT * C, p_dk - BT * C, p_dv - BT * C
+    o_0 = first + (smooth - 1) * BT
+    here, own = i_b * x_b + o_0 * x_t, (i_b * T + o_0) * C
+    p_q, p_k, p_v, p_dy = q + here, k + here, v + here, dy + own
+    p_dq, p_dk, p_dv = dq + own, dk + own, dv + own
+    p_s = states + (chunk + smooth - 1) * C + every
     for i in tl.range(n - smooth, n, num_stages=STAGES):
         row = (n - 1 - i) * BT + o_t
-        b_k = rows(p_k + o_c, k_t, row, length, m_c, float("-inf"), R)
-        b_v = rows(p_v + o_c, v_t, row, length, m_c, 0.0, R)
-        b_q = rows(p_q + o_c, q_t, row, length, m_c, 0.0, R)
-        b_dy = rows(p_dy + o_c, dy_t, row, length, m_c, 0.0, R)
+        b_k = rows(p_k, o_x, x_t, row, length, m_c, float("-inf"), R)
+        b_v = rows(p_v, o_x, x_t, row, length, m_c, 0.0, R)
+        b_q = rows(p_q, o_x, x_t, row, length, m_c, 0.0, R)
+        b_dy = rows(p_dy, o_y, C, row, length, m_c, 0.0, R)
         s_e = tl.load(p_s, mask=m_c, other=0)
         c_n = tl.load(p_s + plane, mask=m_c, other=0)
         c_d = tl.load(p_s + 2 * plane, mask=m_c, other=1)
@@ -152,25 +158,26 @@ def backward_kernel(q, k, v, dy, dq, dk, dv, states, steep, ends, sums, cu_seqle
         s_d = tl.zeros([W, BC], tl.float32)
         b_p, b_n, b_d = tl.tuple(()), tl.tuple(()), tl.tuple(())
         for r in tl.static_range(R):
-            p = tl.exp2(b_k[r].to(tl.float32) * LOG2E - s_e)
+            p = exp2(b_k[r].to(tl.float32) * LOG2E - s_e)
             s_n += p * b_v[r].to(tl.float32)
             s_d += p
             b_p += (p,)
             b_n += (s_n,)
             b_d += (s_d,)
         w_n, w_d = before(s_n, s_d, False)
+        w_n, w_d = w_n + c_n, w_d + c_d
         s_a = tl.zeros([W, BC], tl.float32)
         s_b = tl.zeros([W, BC], tl.float32)
         t_a, t_b = tl.tuple(()), tl.tuple(())
         for r in tl.static_range(R):
-            inverse = 1 / (c_d + w_d + b_d[r])
-            mean = (c_n + w_n + b_n[r]) * inverse
-            gate = tl.sigmoid(b_q[r].to(tl.float32))
+            share = inverse(w_d + b_d[r])
+            mean = (w_n + b_n[r]) * share
+            gate = inverse(1 + exp2(b_q[r].to(tl.float32) * -LOG2E))
             g = b_dy[r].to(tl.float32) * gate
             if not SUMMARY:
-                tl.store(dq + own + (row + r).to(tl.int64) * C, (g * mean * (1 - gate)).to(dq.dtype.element_ty),
+                tl.store(p_dq + (o_y + C * r), (g * mean * (1 - gate)).to(dq.dtype.element_ty),
                          mask=(row + r < length) & m_c)
-            a = g * inverse
+            a = g * share
             s_a += a
             s_b += a * mean
             t_a += (a,)
@@ -184,14 +191,15 @@ def backward_kernel(q, k, v, dy, dq, dk, dv, states, steep, ends, sums, cu_seqle
                 b_a += t_a[R - 1 - r]
                 b_b += t_b[R - 1 - r]
                 p = b_p[R - 1 - r]
-                at = own + (row + R - 1 - r).to(tl.int64) * C
                 mask = (row + R - 1 - r < length) & m_c
-                tl.store(dv + at, (p * b_a).to(dv.dtype.element_ty), mask=mask)
-                tl.store(dk + at, (p * (b_v[R - 1 - r].to(tl.float32) * b_a - b_b)).to(dk.dtype.element_ty), mask=mask)
+                tl.store(p_dv + (o_y + C * (R - 1 - r)), (p * b_a).to(dv.dtype.element_ty), mask=mask)
+                b_dk = p * (b_v[R - 1 - r].to(tl.float32) * b_a - b_b)
+                tl.store(p_dk + (o_y + C * (R - 1 - r)), b_dk.to(dk.dtype.element_ty), mask=mask)
         s_a, s_b = tl.reduce((s_a, s_b), 0, add)
         c_a += s_a[None, :]
         c_b += s_b[None, :]
-        p_s -= C
+        p_q, p_k, p_v, p_s = p_q - step, p_k - step, p_v - step, p_s - C
+        p_dy, p_dq, p_dk, p_dv = p_dy - BT * C, p_dq - BT * C, p_dk - BT * C, p_dv - BT * C
     if sums is not None:
         m_s = (o_t == 0) & m_c
         if SUMMARY:
@@ -240,13 +248,14 @@ def chain_back_kernel(sums, ends, states, cu_seqlens, T, C, L, pieces, chunks, s
 def backward(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, states: Tensor, steep: Tensor, top: Tensor | None,
              num: Tensor | None, den: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
     """-> dq, dk, dv [B, T, C], each as its input, and where top, num, den [B, C] are given their gradients."""
+    q, k, v = alike(q, k, v)
+    dy = dy.contiguous()
     planned, each = plan(k, cu_seqlens), config("backward", k)
     batch, _, channels = k.shape
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     if not k.numel():
         return dq, dk, dv, *(torch.zeros_like(x) for x in (top, num, den) if x is not None)
     shape = k.shape[1], channels, planned.L, planned.pieces
-    strides = [stride for x in (q, k, v, dy) for stride in x.stride()[:2]]
     grid = (planned.segments * triton.cdiv(channels, each.BC),)
     kept = each.launch()
     ends = None
@@ -254,14 +263,14 @@ def backward(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, states: Tensor, steep:
         sums = states.new_empty((2, planned.segments, channels))
         ends = states.new_empty((3, planned.segments, channels))
         backward_kernel[grid](q, k, v, dy, dq, dk, dv, states, steep, None, sums, cu_seqlens, *shape, planned.rows,
-                              states.shape[1], planned.segments, *strides, SUMMARY=True, **kept)
+                              states.shape[1], planned.segments, *k.stride()[:2], SUMMARY=True, **kept)
         width = 16 if INTERPRETED else 32
         chain_back_kernel[(planned.rows * triton.cdiv(channels, width),)](
             sums, ends, states, cu_seqlens, *shape, states.shape[1], planned.segments, BP=PIECES, BC=width,
             BT=each.R * each.W, num_warps=4)
     at_start = None if top is None else states.new_empty((2, batch, channels))
     backward_kernel[grid](q, k, v, dy, dq, dk, dv, states, steep, ends, at_start, cu_seqlens, *shape, planned.rows,
-                          states.shape[1], planned.segments, *strides, SUMMARY=False, **kept)
+                          states.shape[1], planned.segments, *k.stride()[:2], SUMMARY=False, **kept)
     if at_start is None or top is None or num is None or den is None:
         return dq, dk, dv
     e = states[0].view(batch, -1, channels)[:, 0]

@@ -19,12 +19,7 @@ def simple(q: Tensor, k: Tensor, v: Tensor, state: State | None, cu_seqlens: Ten
     if cu_seqlens is not None:
         check_documents(q, cu_seqlens)
     top, num, den = (None,) * 3 if state is None else (x.float().contiguous() for x in state)
-    return _simple(_rows(q), _rows(k), _rows(v), top, num, den, cu_seqlens)[0]
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x, or a copy where its last axis is not contiguous; the kernels take any other stride."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return _simple(q, k, v, top, num, den, cu_seqlens)[0]
 
 
 @torch.library.custom_op("zoo::aft_simple", mutates_args=())
@@ -51,7 +46,7 @@ def _simple_backward(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, states: Tensor
     """-> dq, dk, dv, and with a state the gradients of top, num, den."""
     from zoo.kernels import aft_simple_backward
 
-    return list(aft_simple_backward.backward(q, k, v, _rows(dy), states, steep, top, num, den, cu_seqlens))
+    return list(aft_simple_backward.backward(q, k, v, dy, states, steep, top, num, den, cu_seqlens))
 
 
 @_simple_backward.register_fake
@@ -110,4 +105,4 @@ def _self_test(device: torch.device, dtype: torch.dtype, _: tuple[int, ...]) -> 
     return worst / (1e-4 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps)
 
 
-SIMPLE = Kernel("aft_simple", _self_test, sources=("aft_simple_backward",))
+SIMPLE = Kernel("aft_simple", _self_test, sources=("aft_simple_backward", "aft_sums"))
