@@ -15,7 +15,7 @@ from zoo.ops.cross_entropy_triton import losses_of_each, self_test, small_loss, 
 from zoo.ops.untraced import untraced
 
 MAX_LOGITS = 1 << 24  # that the eager path holds at a time: 64 MiB in float32; a byte vocabulary's batch fits whole
-FEW_LOGITS = 1 << 21  # up to which a loss is a matter of launches, and PyTorch's own calls are the fewest
+FEW_LOGITS = 1 << 18  # up to which a loss is a matter of launches, and PyTorch's own calls are the fewest
 
 _kernel = Kernel("cross_entropy", self_test)
 
