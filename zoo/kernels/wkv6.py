@@ -38,6 +38,7 @@ from zoo.kernels._common import dot
 from zoo.kernels.wkv6_parts import (
     NOTHING,
     Pieces,
+    ask_for,
     chunk_size,
     chunk_slots,
     exp,
@@ -131,13 +132,19 @@ def _outputs(r, k, v, w, u, states, y, pairs, cu_seqlens, table, T, L, pieces, d
     v += i_b * v_b + bos * v_t + i_h * v_h
     w += i_b * w_b + bos * w_t + i_h * w_h
     SPLIT: tl.constexpr = w.dtype.element_ty != OP
+    # of sums over K: a tensor core rounds each of its steps towards 0, which 200 of them show in float32
+    LONG: tl.constexpr = "ieee" if EXACT and BK > 128 else PRECISION
+    states += ((slot + i_c) * H + i_h) * K * V
+    ask_for(r, r_t, o_t, last, K, BK)
+    ask_for(states, K, o_v, V, K, BK)
+    ask_for(k, k_t, o_t, last, K, BK)
+    ask_for(v + tl.program_id(1) * BV, v_t, o_t, last, V - tl.program_id(1) * BV, BV)
     own = log_decays(w, w_t, o_t, o_k, m_tk)
     before, after, all_, other = exponents(own, BT, BK, OP, EXACT, SPLIT)
     b_r = rows(r, r_t, o_t, o_k, m_tk).to(tl.float32)
-    b_state = tl.load(states + ((slot + i_c) * H + i_h) * K * V + o_v[:, None] * K + o_k[None, :],
-                      mask=m_v[:, None] & m_k[None, :], other=0.0)
+    b_state = rows(states, K, o_v, o_k, m_v[:, None] & m_k[None, :])
     from_start = exp(before + tl.where(second, other, 0.0))
-    b_y = dot((b_r * from_start).to(OP), tl.trans(b_state), tl.zeros([BT, BV], tl.float32), PRECISION)
+    b_y = dot((b_r * from_start).to(OP), tl.trans(b_state), tl.zeros([BT, BV], tl.float32), LONG)
 
     # pairs: a token with itself, with those of the block before, with those of its own
     b_k = rows(k, k_t, o_t, o_k, m_tk).to(tl.float32)
@@ -145,17 +152,17 @@ def _outputs(r, k, v, w, u, states, y, pairs, cu_seqlens, table, T, L, pieces, d
     bonus = tl.sum(b_r * b_u[None, :] * b_k, 1)
     scores = tl.where(i == j, bonus[:, None], 0.0)
     if BT > 16:
-        scores += halves(tl.where(second, b_r, b_k), exp(tl.where(second, before, after)), 4, BT, OP, PRECISION)
+        scores += halves(tl.where(second, b_r, b_k), exp(tl.where(second, before, after)), 4, BT, OP, LONG)
     if tl.max(-all_) < LIMIT:
         found = dot((b_r * exp(before - all_ * 0.5)).to(OP), tl.trans((b_k * exp(after - all_ * 0.5)).to(OP)),
-                    tl.zeros([BT, BT], tl.float32), PRECISION)
+                    tl.zeros([BT, BT], tl.float32), LONG)
         scores += tl.where(block & (i > j), found, 0.0)
     else:
         for level in range(0, tl.minimum(last - i_c * BT, 4).to(tl.int32)):
             x = tl.where((i >> level) % 2 == 1, rows(r, r_t, o_t, o_k, m_tk).to(tl.float32),
                          rows(k, k_t, o_t, o_k, m_tk).to(tl.float32))
             own = log_decays(w, w_t, o_t, o_k, m_tk)
-            scores += halves(x, between(own, level, BT, BK, OP, EXACT, SPLIT), level, BT, OP, PRECISION)
+            scores += halves(x, between(own, level, BT, BK, OP, EXACT, SPLIT), level, BT, OP, LONG)
     if KEEP and tl.program_id(1) == 0:
         tl.store(pairs + ((slot + i_c) * H + i_h) * BT * BT + i * BT + j, scores.to(OP))
     b_v = rows(v, v_t, o_t, o_v, m_tv).to(OP)
@@ -198,11 +205,21 @@ def _gradients(r, k, v, w, u, dy, states, pairs, dstates, dr, dk, dv, dw, du, cu
     w += i_b * w_b + bos * w_t + i_h * w_h
     dy += i_b * dy_b + bos * dy_t + i_h * dy_h
     SPLIT: tl.constexpr = w.dtype.element_ty != OP
+    # of sums over K: a tensor core rounds each of its steps towards 0, which 200 of them show in float32
+    LONG: tl.constexpr = "ieee" if EXACT and BK > 128 else PRECISION
     none = tl.zeros([BT, BK], tl.float32)
     square = tl.zeros([BT, BT], tl.float32)
     o_slot = (slot + i_c) * H + i_h
-    o_state = o_slot * K * V + o_v[:, None] * K + o_k[None, :]
+    states += o_slot * K * V
+    dstates += o_slot * K * V
     m_state = m_v[:, None] & m_k[None, :]
+    ask_for(v + i_v * BV, v_t, o_t, last, V - i_v * BV, BV)
+    ask_for(states, K, o_v, V, K, BK)
+    ask_for(dstates, K, o_v, V, K, BK)
+    ask_for(w, w_t, o_t, last, K, BK)
+    ask_for(k, k_t, o_t, last, K, BK)
+    ask_for(pairs + o_slot * BT * BT, BT, o_r, BT, BT, BT)
+    ask_for(r, r_t, o_t, last, K, BK)
     start = (i_b * T + bos) * H + i_h
     o_out = (start + o_t[:, None] * H) * blocks * K + i_v * K + o_k[None, :]
 
@@ -211,9 +228,9 @@ def _gradients(r, k, v, w, u, dy, states, pairs, dstates, dr, dk, dv, dw, du, cu
     b_v = rows(v, v_t, o_t, o_v, m_tv).to(OP)
     da = dot(b_dy, tl.trans(b_v), square, PRECISION)
     da_t = dot(b_v, tl.trans(b_dy), square, PRECISION)
-    b_state = tl.load(states + o_state, mask=m_state, other=0.0)
+    b_state = rows(states, K, o_v, o_k, m_state)
     b_dr = dot(b_dy, b_state, none, PRECISION)
-    b_dstate = tl.load(dstates + o_state, mask=m_state, other=0.0)
+    b_dstate = rows(dstates, K, o_v, o_k, m_state)
     b_dk = dot(b_v, b_dstate, none, PRECISION)
     through = tl.sum(b_state.to(tl.float32) * b_dstate.to(tl.float32), 0)
 
@@ -222,7 +239,7 @@ def _gradients(r, k, v, w, u, dy, states, pairs, dstates, dr, dk, dv, dw, du, cu
     before, after, all_, other = exponents(own, BT, BK, OP, EXACT, SPLIT)
     b_k = rows(k, k_t, o_t, o_k, m_tk).to(tl.float32)
     to_end = exp(after + tl.where(second, 0.0, other))
-    b_dv = dot((b_k * to_end).to(OP), tl.trans(b_dstate), tl.zeros([BT, BV], tl.float32), PRECISION)
+    b_dv = dot((b_k * to_end).to(OP), tl.trans(b_dstate), tl.zeros([BT, BV], tl.float32), LONG)
     b_dv = dot(tl.load(pairs + o_slot * BT * BT + j * BT + i), b_dy, b_dv, PRECISION)
     tl.store(dv + start * V + o_t[:, None] * H * V + o_v[None, :], b_dv.to(dv.dtype.element_ty), mask=m_tv)
     b_dk *= to_end

@@ -20,21 +20,20 @@ NOTHING = tl.constexpr(-104.0)  # exp of less is 0 in float32
 @triton.jit
 def place(i_row, T, L, pieces, documents, cu_seqlens, table, BT: tl.constexpr):
     """Document; row and first token in it; length; piece of L tokens; its first slots of chunk and of piece states."""
-    i_row = i_row.to(tl.int64)
+    i_b = (i_row // pieces).to(tl.int64)  # a division of 64 bits takes a hundred instructions
+    i_s = (i_row % pieces).to(tl.int64)
     if documents > 0:
-        i_n = tl.load(table + i_row * 2).to(tl.int64)
-        i_s = tl.load(table + i_row * 2 + 1).to(tl.int64)
-        i_b = i_row * 0
+        i_n = tl.load(table + i_row.to(tl.int64) * 2).to(tl.int64)
+        i_s = tl.load(table + i_row.to(tl.int64) * 2 + 1).to(tl.int64)
+        i_b = i_b * 0
         bos = tl.load(cu_seqlens + tl.maximum(i_n, 0)).to(tl.int64)
         length = tl.load(cu_seqlens + tl.maximum(i_n, 0) + 1).to(tl.int64) - bos
         chunk_slot = bos // BT + i_n
         piece_slot = bos // L + i_n
     else:
-        i_n = i_row // pieces
-        i_s = i_row % pieces
-        i_b = i_n
-        bos = i_row * 0
-        length = T + i_row * 0
+        i_n = i_b
+        bos = i_b * 0
+        length = T + bos
         chunk_slot = i_n * tl.cdiv(T, BT)
         piece_slot = i_n * pieces
     return i_n, i_b, bos, length, i_s, chunk_slot, piece_slot
@@ -44,6 +43,22 @@ def place(i_row, T, L, pieces, documents, cu_seqlens, table, BT: tl.constexpr):
 def rows(x, stride, o_t, o_c, m):
     """Rows o_t, columns o_c of a tensor, 0 where not m."""
     return tl.load(x + o_t[:, None] * stride + o_c[None, :], mask=m, other=0.0)
+
+
+@triton.jit
+def ask_for(x, stride, o_t, last, columns, WIDTH: tl.constexpr):
+    """Sets rows o_t of a tensor on their way to the L2 cache; 32 bytes of it for every prefetch.
+
+    Triton waits for each tile before it loads the next, as it puts it into shared memory at once.
+    """
+    if not INTERPRETED:
+        STEP: tl.constexpr = 256 // x.dtype.element_ty.primitive_bitwidth
+        o_c = tl.arange(0, WIDTH // STEP) * STEP
+        m = (o_t < last)[:, None] & (o_c < columns)[None, :]
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l,r",
+            [(x + o_t[:, None] * stride + o_c[None, :]).to(tl.int64), m.to(tl.int32)], dtype=tl.int32, is_pure=False,
+            pack=1)
 
 
 @triton.jit
@@ -173,7 +188,7 @@ def _scan(borders, sums_, initial, cu_seqlens, L, pieces, documents, H, K, V,
 CONFIGS: dict[tuple[int, int], tuple[int, dict]] = {
     # (class of K, bytes of an operand): tokens of a chunk; then of each kernel: most BK, most BV, warps, stages,
     # registers a thread (None: as many as the compiler likes)
-    (64, 2): (32, {"walk": (32, 64, 4, 3, None), "outputs": (64, 64, 8, 1, 128), "gradients": (64, 64, 4, 1, None)}),
+    (64, 2): (32, {"walk": (32, 64, 4, 3, None), "outputs": (64, 64, 4, 1, 168), "gradients": (64, 64, 4, 1, None)}),
     (128, 2): (32, {"walk": (32, 64, 4, 3, None), "outputs": (128, 64, 8, 1, None),
                     "gradients": (128, 64, 8, 1, None)}),
     (256, 2): (32, {"walk": (32, 64, 4, 3, None), "outputs": (256, 64, 8, 1, None),

@@ -20,7 +20,8 @@ def wkv6_triton(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, s
 
     r, k, v in bf16 are multiplied in bf16, in fp16 in TF32, which has fp16's digits and float32's range, and in a
     mixture with float32 in float32 precision. Sums, states and exponents are float32. Saved for the backward pass: the
-    inputs, and a state a chunk of 16 tokens in the products' type, 2 K V / 16 bytes a token and head in bf16.
+    inputs, and of every chunk of C tokens a state and its pairs in the products' type, K V / C + C numbers a token and
+    head: C is 32 for bf16, else 16.
     """
     rows = r.shape[0]
     if cu_seqlens is not None:
@@ -118,7 +119,10 @@ def _backward_flops(r: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: 
 
 
 def _self_test(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> float:
-    """Chunks of several kinds, some too steep for factors, the last ragged, states both ways, against float64."""
+    """Chunks of several kinds, some too steep for factors, the last ragged, states both ways, against float64.
+
+    Rows are long enough to be cut into segments, so that the first use compiles all that any length wants.
+    """
     from zoo.ops.wkv6 import wkv6
 
     K, V = sizes
@@ -127,7 +131,7 @@ def _self_test(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...])
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)
 
-    B, T, H = 2, 77, 2
+    B, T, H = 2, 777, 2
     log_decay = -torch.exp(randn(B, T, H, K) - 2)
     log_decay[:, 40:43] *= 400
     r, k, v = (randn(B, T, H, size).to(dtype) for size in (K, K, V))
