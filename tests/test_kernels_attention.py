@@ -372,13 +372,16 @@ def test_memory_is_what_the_docstring_says() -> None:
 
 def builds() -> None:
     """Every kernel at the benchmark's head sizes and dtypes, for tests/kernel_builds.py."""
-    from zoo.kernels.attention import forward
-    from zoo.kernels.attention_backward import backward
+    from zoo.kernels import attention, attention_backward, attention_hopper, attention_hopper_backward
 
     for dtype in DTYPES:
         for K in (16, 32, 64, 128, 256) if dtype != torch.float16 else (64,):
             q = torch.zeros(1, 256, 2, K, dtype=dtype)
             past = torch.zeros(1, 48, 2, K, dtype=dtype)
             for block, p in ((0, None), (64, past)):
-                y, lse = forward(q, q, q, p, p, 0.1, block, 16, None)
-                backward(y, q, q, q, p, p, y, lse, 0.1, block, 16, None)
+                y, lse = attention.forward(q, q, q, p, p, 0.1, block, 16, None)
+                attention_backward.backward(y, q, q, q, p, p, y, lse, 0.1, block, 16, None)
+    for K, dtype, groups in ((64, BF16, 2), (128, BF16, 2), (64, FP16, 1), (96, BF16, 1)):
+        q, k = (torch.zeros(1, 256, H, K, dtype=dtype) for H in (2, groups))
+        y, lse = attention_hopper.forward(q, k, k, 0.1)
+        attention_hopper_backward.backward(y, q, k, k, y, lse, 0.1)

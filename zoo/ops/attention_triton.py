@@ -23,25 +23,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor, k_past: Tensor | None, v_past: Te
     Causal where block is 0, else block attention over summaries k_past, v_past [B, M rank, H, K]. Kept for the backward
     pass beside the inputs: y, and 4 bytes of lse a row and head. That pass takes as much again, and its results.
     """
-    from zoo.kernels.attention import forward
+    from zoo.kernels import attention, attention_hopper
 
-    return forward(q, k, v, k_past, v_past, q.shape[-1] ** -0.5, block, rank, cu_seqlens)
+    if attention_hopper.takes(q, k, v, block, cu_seqlens):
+        return attention_hopper.forward(q, k, v, q.shape[-1] ** -0.5)
+    return attention.forward(q, k, v, k_past, v_past, q.shape[-1] ** -0.5, block, rank, cu_seqlens)
 
 
 @attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, k_past: Tensor | None, v_past: Tensor | None, block: int, rank: int,
       cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     B, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(B, H, (T + 15) // 16 * 16, dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(B, H, (T + 63) // 64 * 64, dtype=torch.float32)
 
 
 @torch.library.custom_op("zoo::attention_backward", mutates_args=())
 def attention_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, k_past: Tensor | None, v_past: Tensor | None,
                        y: Tensor, lse: Tensor, block: int, rank: int, cu_seqlens: Tensor | None) -> Gradients:
     """-> dq, dk, dv, dk_past, dv_past; the last two are empty without summaries."""
-    from zoo.kernels.attention_backward import backward
+    from zoo.kernels import attention_backward, attention_hopper, attention_hopper_backward
 
-    dq, dk, dv, dk_past, dv_past = backward(
+    if attention_hopper.takes(q, k, v, block, cu_seqlens):
+        gradients = attention_hopper_backward.backward(dy, q, k, v, y, lse, q.shape[-1] ** -0.5)
+        return *gradients, q.new_empty(0), q.new_empty(0)
+    dq, dk, dv, dk_past, dv_past = attention_backward.backward(
         dy, q, k, v, k_past, v_past, y, lse, q.shape[-1] ** -0.5, block, rank, cu_seqlens)
     return (dq, dk, dv, q.new_empty(0) if dk_past is None else dk_past, q.new_empty(0) if dv_past is None else dv_past)
 
@@ -163,6 +168,6 @@ def error_of_kernels(device: torch.device, dtype: torch.dtype, K: int, block: in
 
 
 causal_kernel = Kernel("attention", lambda device, dtype, sizes: error_of_kernels(device, dtype, sizes[0], 0),
-                       sources=("attention_backward",))
+                       sources=("attention_backward", "attention_hopper", "attention_hopper_backward"))
 block_kernel = Kernel("block_attention", lambda device, dtype, sizes: error_of_kernels(device, dtype, sizes[0], 48),
                       sources=("attention_backward",), file="attention")
