@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from zoo.errors import ZooError
 from zoo.training.checkpoint import write_file
 from zoo.training.config import Logging
-
-COLUMNS = ("step", "tokens", "loss", "bits_per_byte", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory",
-           "seconds", "validation_bits_per_byte", "validation_perplexity")
+from zoo.training.metrics import COLUMNS, read_rows
 
 
 class CSVLogger(Logger):
@@ -63,15 +60,6 @@ class CSVLogger(Logger):
         if self.stream is not None:
             self.stream.close()
             self.stream = None
-
-
-def read_rows(file: Path) -> list[dict[str, str]]:
-    """The whole rows of a metrics.csv; a last line that a kill cut off is none."""
-    if not file.is_file():
-        return []
-    text = file.read_text(encoding="utf-8")
-    rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-    return [row for row in rows if row.keys() == set(COLUMNS) and (row["step"] or "").isdigit()]
 
 
 def _cell(value: float | None) -> str:
