@@ -39,8 +39,9 @@ class Sizes(NamedTuple):
     backward: tuple[int, int]
 
 
-# tokens of a chunk, times the bytes of an element. float32 products are multiply-adds: as tf32x3 they spill
-CONFIGS = {64: ((8, 1), (4, 1)), 128: ((8, 1), (8, 1)), 256: ((8, 1), (8, 1)), 512: ((8, 1), (8, 1))}
+# tokens of a chunk (64 at the most, for 65 biases) times the bytes of an element. float32 products are multiply-adds:
+# as tf32x3 the backward pass has 8 KB of spills a thread
+CONFIGS = {64: ((8, 1), (4, 1)), 128: ((8, 1), (8, 1)), 256: ((16, 1), (8, 1))}
 
 
 def sizes(v: Tensor, bias: Tensor) -> Sizes:
