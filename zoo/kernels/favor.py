@@ -77,41 +77,57 @@ def tile(p, left, o_t, o, stride, SIZE: tl.constexpr):
 
 
 @triton.jit
-def side(b_x, p_log, left, o_t, EXPONENT: tl.constexpr, QUERIES: tl.constexpr, FOUND: tl.constexpr):
-    """Rows x -> x in the exponents' type, and c; nothing is left of features of rows past the end.
-
-    c is -|x|^2 / 2 of keys; of queries minus the logarithm of n where that was FOUND, for psi, else 0.
-    """
-    if QUERIES:
-        b_c = tl.zeros(o_t.shape, tl.float32)
-        if FOUND:
-            b_c -= tl.load(p_log + o_t, mask=o_t < left, other=float("inf"))
-    else:
-        b_wide = b_x.to(tl.float32)
-        b_c = tl.where(o_t < left, tl.sum(b_wide * b_wide, 1) * (-0.5 * LOG2E), float("-inf"))
+def narrow(b_x, EXPONENT: tl.constexpr):
     if EXPONENT.primitive_bitwidth == 16:
         b_x = tl.minimum(tl.maximum(b_x.to(tl.float32), -65504.0), 65504.0)
-    return b_x.to(EXPONENT), b_c
+    return b_x.to(EXPONENT)
 
 
 @triton.jit
-def features(b_x, b_c, b_w, b_shift, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
-    """phi or psi [BT, BM], or [BM, BT] if TRANSPOSED: computed so, as a product's transpose must enter no other."""
-    BT: tl.constexpr = b_x.shape[0]
-    BM: tl.constexpr = b_w.shape[0]
-    if TRANSPOSED:
-        b_e = b_c[None, :] + b_shift[:, None]
-        if b_w.dtype.primitive_bitwidth == 16:
-            b_e = dot(b_w, tl.trans(b_x), b_e, PRECISION)
-        else:  # in which order to add is not told of a tensor core, and float32 has digits to lose
-            b_e += dot(b_w, tl.trans(b_x), tl.zeros([BM, BT], tl.float32), PRECISION)
+def side(p_x, x_t, p_log, here, o_t, K: tl.constexpr, BK: tl.constexpr, KB: tl.constexpr, EXPONENT: tl.constexpr,
+         QUERIES: tl.constexpr, FOUND: tl.constexpr):
+    """Rows x -> their first KB channels in the exponents' type, and c; nothing is left of features past the end.
+
+    c is -|x|^2 / 2 of keys; of queries minus the logarithm of n where that was FOUND, for psi, else 0.
+    """
+    o_k = tl.arange(0, KB)
+    b_x = tile(p_x, here, o_t, o_k, x_t, K)
+    b_c = tl.zeros(o_t.shape, tl.float32)
+    if QUERIES:
+        if FOUND:
+            b_c -= tl.load(p_log + o_t, mask=o_t < here, other=float("inf"))
     else:
-        b_e = b_c[:, None] + b_shift[None, :]
-        if b_w.dtype.primitive_bitwidth == 16:
-            b_e = dot(b_x, tl.trans(b_w), b_e, PRECISION)
-        else:
-            b_e += dot(b_x, tl.trans(b_w), tl.zeros([BT, BM], tl.float32), PRECISION)
-    return tl.exp2(b_e)
+        b_c += tl.sum(b_x.to(tl.float32) * b_x.to(tl.float32), 1)
+        if BK > KB:
+            for i_k in range(KB, BK, KB):
+                b_more = tile(p_x, here, o_t, i_k + o_k, x_t, K).to(tl.float32)
+                b_c += tl.sum(b_more * b_more, 1)
+        b_c = tl.where(o_t < here, b_c * (-0.5 * LOG2E), float("-inf"))
+    return narrow(b_x, EXPONENT), b_c
+
+
+@triton.jit
+def exponents(b_x, b_c, b_w, b_shift, p_x, x_t, p_w, here, o_t, o_m, K: tl.constexpr, BK: tl.constexpr,
+              TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
+    """log2 of phi or psi [BT, BM], or [BM, BT] if TRANSPOSED: found so, as a product's transpose must enter no other.
+
+    b_x and b_w are x and W where all channels are in one block of KB, else just its type: they come block by block.
+    """
+    KB: tl.constexpr = b_x.shape[1]
+    o_k = tl.arange(0, KB)
+    b_e = b_c[None, :] + b_shift[:, None] if TRANSPOSED else b_c[:, None] + b_shift[None, :]
+    # in which order to add is not told of a tensor core, and float32 has digits to lose
+    LATE: tl.constexpr = BK > KB or b_x.dtype.primitive_bitwidth == 32
+    b_sum = tl.zeros(b_e.shape, tl.float32) if LATE else b_e
+    if BK > KB:
+        for i_k in range(0, BK, KB):
+            b_x_ = narrow(tile(p_x, here, o_t, i_k + o_k, x_t, K), b_x.dtype)
+            b_w_ = tl.load(p_w + o_m[:, None] * BK + i_k + o_k[None, :])
+            b_sum = dot(b_w_, tl.trans(b_x_), b_sum, PRECISION) if TRANSPOSED else dot(b_x_, tl.trans(b_w_), b_sum,
+                                                                                       PRECISION)
+    else:
+        b_sum = dot(b_w, tl.trans(b_x), b_sum, PRECISION) if TRANSPOSED else dot(b_x, tl.trans(b_w), b_sum, PRECISION)
+    return b_e + b_sum if LATE else b_sum
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -119,7 +135,7 @@ def walk_kernel(
     p_x, p_v, p_w, p_shift, p_log, p_weight, p_first, p_last, p_sums, p_states, p_z, p_table, p_borders,
     p_chunks, T, SIZE, PARTS, DOCUMENTS, CHUNKS, BEFORE, SUMS, x_b, x_t, x_h, v_b, v_t, v_h,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, VP: tl.constexpr,
-    QUERIES: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
+    QUERIES: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
     OPERAND: tl.constexpr, EXPONENT: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Sums over a segment's tokens of phi(k_t)^T [v_t, 1], on top of the row's first state and all segments before.
@@ -133,7 +149,7 @@ def walk_kernel(
     i_row, i_h, i_m, i_v = i // (H * NM * NV), i // (NM * NV) % H, i // NV % NM, i % NV
     i_n, i_s, i_b, start, rest = place(i_row, p_table, p_borders, T, SIZE, PARTS, DOCUMENTS)
     length = tl.maximum(tl.minimum(rest, SIZE), 0)
-    o_t, o_k = tl.arange(0, BT), tl.arange(0, BK)
+    o_t, o_k = tl.arange(0, BT), tl.arange(0, KB)
     o_v, o_m = i_v * BV + tl.arange(0, BV), i_m * BM + tl.arange(0, BM)
     p_x += i_b * x_b + start * x_t + i_h * x_h
     p_v += i_b * v_b + start * v_t + i_h * v_h
@@ -168,10 +184,11 @@ def walk_kernel(
         here = tl.minimum(length - first, BT).to(tl.int32)
         if QUERIES:  # early: only operands of products are fetched ahead of their turn
             b_weight = tl.load(p_weight + o_row + first + o_t, mask=o_t < here, other=0.0)
-        b_x, b_c = side(tile(p_x + first * x_t, here, o_t, o_k, x_t, K), p_log + o_row + first if QUERIES else p_log,
-                        here, o_t, EXPONENT, QUERIES, True)
+        b_x, b_c = side(p_x + first * x_t, x_t, p_log + o_row + first if QUERIES else p_log, here, o_t, K, BK, KB,
+                        EXPONENT, QUERIES, True)
         b_v = tile(p_v + first * v_t, here, o_t, o_v, v_t, V)
-        b_f = features(b_x, b_c, b_w, b_shift, True, PRECISION)
+        b_f = tl.exp2(exponents(b_x, b_c, b_w, b_shift, p_x + first * x_t, x_t, p_w, here, o_t, o_m, K, BK, True,
+                                PRECISION))
         if QUERIES:
             b_z += tl.sum(b_f * b_weight[None, :], 1)
         else:
@@ -196,7 +213,7 @@ def read_kernel(
     p_a, p_b, p_v, p_w, p_shift, p_log, p_states, p_z, p_y, p_table, p_borders, T, SIZE, PARTS, DOCUMENTS,
     a_b, a_t, a_h, b_b, b_t, b_h, v_b, v_t, v_h, y_b, y_t, y_h,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, MP: tl.constexpr, VP: tl.constexpr, BACKWARD: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, OPERAND: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, OPERAND: tl.constexpr,
     EXPONENT: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """y of a chunk and the logarithm of n; a are queries, b keys.
@@ -207,12 +224,12 @@ def read_kernel(
     i = tl.program_id(0).to(tl.int64)
     i_c, i_h, i_v = i // (H * NV), i // NV % H, i % NV
     _, _, i_b, start, rest = place(i_c, p_table, p_borders, T, SIZE, PARTS, DOCUMENTS)
-    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, KB), i_v * BV + tl.arange(0, BV)
     here, o_row = tl.minimum(rest, BT).to(tl.int32), (i_b * H + i_h) * T + start
-    b_a, b_ac = side(tile(p_a + i_b * a_b + start * a_t + i_h * a_h, here, o_t, o_k, a_t, K), p_log + o_row, here, o_t,
-                     EXPONENT, not BACKWARD, False)
-    b_b, b_bc = side(tile(p_b + i_b * b_b + start * b_t + i_h * b_h, here, o_t, o_k, b_t, K), p_log + o_row, here, o_t,
-                     EXPONENT, BACKWARD, True)
+    p_a += i_b * a_b + start * a_t + i_h * a_h
+    p_b += i_b * b_b + start * b_t + i_h * b_h
+    b_a, b_ac = side(p_a, a_t, p_log + o_row, here, o_t, K, BK, KB, EXPONENT, not BACKWARD, False)
+    b_b, b_bc = side(p_b, b_t, p_log + o_row, here, o_t, K, BK, KB, EXPONENT, BACKWARD, True)
     b_y, b_scores = tl.zeros([BT, BV], tl.float32), tl.zeros([BT, BT], tl.float32)
     b_sum, b_den = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
     if not BACKWARD:
@@ -220,16 +237,19 @@ def read_kernel(
         for i_m in range(0, MP, BM):
             o_m = i_m + tl.arange(0, BM)
             b_w = tl.load(p_w + o_m[:, None] * BK + o_k[None, :])
-            b_e = dot(b_a, tl.trans(b_w), tl.zeros([BT, BM], tl.float32), PRECISION)
-            b_max = tl.maximum(b_max, tl.max(b_e + tl.load(p_shift + o_m)[None, :], 1))
+            b_e = exponents(b_a, b_ac, b_w, tl.load(p_shift + o_m), p_a, a_t, p_w, here, o_t, o_m, K, BK, False,
+                            PRECISION)
+            b_max = tl.maximum(b_max, tl.max(b_e, 1))
         b_ac = -b_max
     p_states += (i_c * H + i_h) * (MP * VP)
     p_z += (i_c * H + i_h) * MP
     for i_m in range(0, MP, BM):
         o_m = i_m + tl.arange(0, BM)
         b_w = tl.load(p_w + o_m[:, None] * BK + o_k[None, :])
-        b_fb = features(b_b, b_bc, b_w, tl.load(p_shift + (0 if BACKWARD else MP) + o_m), True, PRECISION).to(OPERAND)
-        b_fa = features(b_a, b_ac, b_w, tl.load(p_shift + (MP if BACKWARD else 0) + o_m), False, PRECISION)
+        b_fb = tl.exp2(exponents(b_b, b_bc, b_w, tl.load(p_shift + (0 if BACKWARD else MP) + o_m), p_b, b_t, p_w, here,
+                                 o_t, o_m, K, BK, True, PRECISION)).to(OPERAND)
+        b_fa = tl.exp2(exponents(b_a, b_ac, b_w, tl.load(p_shift + (MP if BACKWARD else 0) + o_m), p_a, a_t, p_w, here,
+                                 o_t, o_m, K, BK, False, PRECISION))
         b_state = tl.load(p_states + o_m[:, None] * VP + o_v[None, :])
         if not BACKWARD:
             b_sum += tl.sum(b_fa, 1)
@@ -251,16 +271,17 @@ def read_kernel(
 
 
 PROGRAMS = 512  # about four for each multiprocessor: rows are cut until as many walk
-# by bytes of an operand and padded width of a head, to 64, 128, 256: tokens of a chunk; of each kernel features BM,
-# columns BV at most, warps, stages, and registers at most (168 let three programs on a multiprocessor, 128 four)
-TOKENS = {2: (64, 64, 64), 4: (64, 32, 32)}
+# by bytes of an operand and padded width of a head, to 64, 128, 256: tokens of a chunk, channels KB of a product; of
+# each kernel features BM, columns BV at most (of products in `gradient`), warps, stages, and registers at most (168 let
+# three programs on a multiprocessor, 128 four)
+CHUNKS = {2: ((64, 64), (64, 128), (64, 64)), 4: ((64, 64), (32, 64), (32, 64))}
 TILES = {
     2: {"walk": ((64, 64, 4, 3, 128), (64, 64, 4, 2, 168), (64, 64, 4, 1, 255)),
-        "read": ((64, 64, 4, 3, 168), (64, 128, 4, 2, 255), (32, 128, 4, 1, 255)),
-        "gradient": ((64, 64, 4, 1, 168), (64, 128, 4, 1, 255), (32, 256, 4, 1, 255))},
-    4: {"walk": ((32, 64, 4, 1, 255), (32, 64, 4, 1, 255), (16, 64, 4, 1, 255)),
-        "read": ((32, 64, 4, 1, 255), (32, 64, 4, 1, 255), (16, 64, 4, 1, 255)),
-        "gradient": ((32, 64, 4, 1, 255), (32, 128, 4, 1, 255), (16, 256, 4, 1, 255))},
+        "read": ((64, 64, 4, 3, 168), (64, 128, 4, 2, 255), (64, 64, 4, 1, 255)),
+        "gradient": ((64, 64, 4, 1, 168), (64, 128, 4, 1, 255), (64, 64, 4, 1, 255))},
+    4: {"walk": ((32, 64, 4, 1, 255), (32, 64, 4, 1, 255), (32, 64, 4, 1, 255)),
+        "read": ((32, 64, 4, 1, 255), (32, 64, 4, 1, 255), (32, 64, 4, 1, 255)),
+        "gradient": ((32, 64, 4, 1, 255), (32, 64, 4, 1, 255), (16, 64, 4, 1, 255))},
 }
 NAMES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -282,7 +303,7 @@ class Call:
         self.MP = triton.cdiv(self.M, 64) * 64
         width = max(self.BK, self.VP)
         self.width = 0 if width <= 64 else 1 if width == 128 else 2  # its place in the tables
-        self.tokens = TOKENS[self.dtype.itemsize][self.width]
+        self.tokens, self.KB = CHUNKS[self.dtype.itemsize][self.width]
         self.w = torch.empty(self.MP, self.BK, dtype=exponent, device=device)
         self.w_gradient = torch.empty(self.MP, self.BK, dtype=self.dtype, device=device)
         self.shift = torch.empty(2, self.MP, dtype=torch.float32, device=device)
@@ -307,9 +328,9 @@ class Call:
     def options(self, kernel: str) -> dict[str, object]:
         BM, BV, warps, stages, registers = TILES[self.dtype.itemsize][kernel][self.width]
         return {"H": self.H, "K": self.K, "V": self.V, "MP": self.MP, "VP": self.VP, "BT": self.tokens, "BK": self.BK,
-                "BV": min(BV, self.VP), "BM": BM, "OPERAND": NAMES[self.dtype], "EXPONENT": NAMES[self.w.dtype],
-                "PRECISION": "tf32" if self.w.dtype == torch.float16 else "tf32x3", "num_warps": warps,
-                "num_stages": stages, "maxnreg": registers}
+                "KB": min(self.KB, self.BK), "BV": min(BV, self.VP), "BM": BM, "OPERAND": NAMES[self.dtype],
+                "EXPONENT": NAMES[self.w.dtype], "PRECISION": "tf32" if self.w.dtype == torch.float16 else "tf32x3",
+                "num_warps": warps, "num_stages": stages, "maxnreg": registers}
 
     def place(self) -> tuple[Tensor, Tensor, int, int, int, int]:
         """Of chunks, for kernels that have one for each program."""

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._common import dot, power_of_two
-from zoo.kernels.favor import EPS, VARYING, Call, features, last_contiguous, place, read_kernel, side, tile
+from zoo.kernels.favor import EPS, VARYING, Call, exponents, last_contiguous, place, read_kernel, side, tile
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -43,7 +43,7 @@ def gradient_kernel(
     p_a, p_b, p_u, p_v, p_w, p_w_gradient, p_shift, p_log, p_dd, p_states, p_z, p_da, p_table, p_borders,
     T, SIZE, PARTS, DOCUMENTS, a_b, a_t, a_h, b_b, b_t, b_h, u_b, u_t, u_h, v_b, v_t, v_h, da_b, da_t, da_h,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, MP: tl.constexpr, VP: tl.constexpr, KEYS: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, OPERAND: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, OPERAND: tl.constexpr,
     EXPONENT: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """dq of a chunk: a are queries and u = dy, b keys and v values, states those before the chunk.
@@ -53,33 +53,43 @@ def gradient_kernel(
     i = tl.program_id(0).to(tl.int64)
     i_c, i_h = i // H, i % H
     _, _, i_b, start, rest = place(i_c, p_table, p_borders, T, SIZE, PARTS, DOCUMENTS)
-    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BV)
-    here, o_row = tl.minimum(rest, BT).to(tl.int32), (i_b * H + i_h) * T + start
-    b_dd = tl.load(p_dd + o_row + o_t, mask=o_t < here, other=0.0)
-    b_u = tile(p_u + i_b * u_b + start * u_t + i_h * u_h, here, o_t, o_v, u_t, V)
-    b_v = tile(p_v + i_b * v_b + start * v_t + i_h * v_h, here, o_t, o_v, v_t, V)
-    b_u, b_v = b_u.to(OPERAND), b_v.to(OPERAND)
     EXACT: tl.constexpr = "ieee" if PRECISION == "tf32x3" else PRECISION  # dy . v and dd may all but cancel
+    o_t, o_k, o_w, o_v = tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, KB), tl.arange(0, BV)
+    here, o_row = tl.minimum(rest, BT).to(tl.int32), (i_b * H + i_h) * T + start
+    p_a += i_b * a_b + start * a_t + i_h * a_h
+    p_b += i_b * b_b + start * b_t + i_h * b_h
+    p_u += i_b * u_b + start * u_t + i_h * u_h
+    p_v += i_b * v_b + start * v_t + i_h * v_h
+    p_states += (i_c * H + i_h) * (MP * VP)
+    p_z += (i_c * H + i_h) * MP
+    b_dd = tl.load(p_dd + o_row + o_t, mask=o_t < here, other=0.0)
+    b_u, b_v = tile(p_u, here, o_t, o_v, u_t, V).to(OPERAND), tile(p_v, here, o_t, o_v, v_t, V).to(OPERAND)
     b_p = dot(b_u, tl.trans(b_v), tl.zeros([BT, BT], tl.float32), EXACT)
+    if VP > BV:
+        for i_v in range(BV, VP, BV):
+            b_v = tile(p_v, here, o_t, i_v + o_v, v_t, V).to(OPERAND)
+            b_p = dot(tile(p_u, here, o_t, i_v + o_v, u_t, V).to(OPERAND), tl.trans(b_v), b_p, EXACT)
     if KEYS:
         b_p = tl.where(o_t[:, None] <= o_t[None, :], b_p + b_dd[None, :], 0.0).to(OPERAND)
     else:
         b_p = tl.where(o_t[:, None] >= o_t[None, :], b_p + b_dd[:, None], 0.0).to(OPERAND)
-    p_a += i_b * a_b + start * a_t + i_h * a_h
-    b_a, b_ac = side(tile(p_a, here, o_t, o_k, a_t, K), p_log + o_row, here, o_t, EXPONENT, not KEYS, True)
-    b_b, b_bc = side(tile(p_b + i_b * b_b + start * b_t + i_h * b_h, here, o_t, o_k, b_t, K), p_log + o_row, here, o_t,
-                     EXPONENT, KEYS, True)
+    b_a, b_ac = side(p_a, a_t, p_log + o_row, here, o_t, K, BK, KB, EXPONENT, not KEYS, True)
+    b_b, b_bc = side(p_b, b_t, p_log + o_row, here, o_t, K, BK, KB, EXPONENT, KEYS, True)
     b_factor, ADDED = (tl.full([BT], 1.0, tl.float32), 0.0) if KEYS else (b_dd, EPS)
     b_da, b_rows = tl.zeros([BT, BK], tl.float32), tl.zeros([BT], tl.float32)
-    p_states += (i_c * H + i_h) * (MP * VP)
-    p_z += (i_c * H + i_h) * MP
     for i_m in range(0, MP, BM):
         o_m = i_m + tl.arange(0, BM)
-        b_w = tl.load(p_w + o_m[:, None] * BK + o_k[None, :])
-        b_fb = features(b_b, b_bc, b_w, tl.load(p_shift + (0 if KEYS else MP) + o_m), False, PRECISION).to(OPERAND)
-        b_fa = features(b_a, b_ac, b_w, tl.load(p_shift + (MP if KEYS else 0) + o_m), False, PRECISION)
+        b_w = tl.load(p_w + o_m[:, None] * BK + o_w[None, :])
+        b_fb = tl.exp2(exponents(b_b, b_bc, b_w, tl.load(p_shift + (0 if KEYS else MP) + o_m), p_b, b_t, p_w, here, o_t,
+                                 o_m, K, BK, False, PRECISION)).to(OPERAND)
+        b_fa = tl.exp2(exponents(b_a, b_ac, b_w, tl.load(p_shift + (MP if KEYS else 0) + o_m), p_a, a_t, p_w, here, o_t,
+                                 o_m, K, BK, False, PRECISION))
         b_state, b_z = tl.load(p_states + o_m[:, None] * VP + o_v[None, :]), tl.load(p_z + o_m)
         b_df = dot(b_u, tl.trans(b_state), b_factor[:, None] * (b_z[None, :] + ADDED), PRECISION)
+        if VP > BV:
+            for i_v in range(BV, VP, BV):
+                b_state = tl.load(p_states + o_m[:, None] * VP + i_v + o_v[None, :])
+                b_df = dot(tile(p_u, here, o_t, i_v + o_v, u_t, V).to(OPERAND), tl.trans(b_state), b_df, PRECISION)
         b_de = b_fa * dot(b_p, b_fb, b_df, PRECISION)
         if KEYS:
             b_rows += tl.sum(b_de, 1)
