@@ -48,8 +48,10 @@ CONFIGS = {
     ("tiles", 2): Config(128, 128, 64, 4, 3), ("tiles", 4): Config(64, 64, 32, 4, 2),
     ("local", 2): Config(64, 64, 32, 4, 2), ("local", 4): Config(64, 64, 32, 4, 2),
     ("band", 2): Config(64, 64, 32, 4, 2), ("band", 4): Config(64, 64, 32, 4, 1),
-    ("prepare", 2): Config(0, 0, 64, 4, 1), ("prepare", 4): Config(0, 0, 32, 4, 1),
-    ("rows", 2): Config(0, 64, 64, 8, 1), ("rows", 4): Config(0, 32, 32, 4, 1),
+    ("prepare", 2): Config(0, 0, 32, 4, 1), ("prepare", 4): Config(0, 0, 32, 4, 1),
+    ("sums", 2): Config(0, 0, 64, 4, 1), ("sums", 4): Config(0, 0, 32, 4, 1),
+    ("rows", 2): Config(0, 32, 64, 4, 1), ("rows", 4): Config(0, 32, 32, 4, 1),
+    ("local rows", 2): Config(0, 0, 32, 4, 1), ("local rows", 4): Config(0, 0, 32, 4, 1),
 }
 PROGRAMS = 264  # of the kernels that sum over the batch, at a time: two for each of a GPU's processors
 
@@ -419,10 +421,11 @@ class Problem:
         self.local, self.cu_seqlens = local, cu_seqlens
         self.kind = operand(v)
         self.size = self.kind.itemsize
-        kernels = ("local", "band") if local else ("forward", "columns", "tiles")
+        kernels = ("local", "sums", "local rows", "band") if local else (
+            "forward", "prepare", "rows", "columns", "tiles")
         self.BT = self.config(kernels[0]).BT
-        widest = max(self.config(kernel).BC for kernel in (*kernels, "prepare", "rows"))
-        widest = min(widest, max(16, power_of_two(self.channels)))
+        widest = max(self.config(kernel).BC for kernel in kernels)
+        widest = min(widest, max(32, power_of_two(self.channels)))  # with 16, ptxas loses addresses of tiles
         self.Cp = -(-self.channels // widest) * widest  # channels in memory of our own: whole blocks
         self.flag = self.channel_block(kernels[-1])  # channels of a flag
         self.NB = max(1, -(-(bias.shape[1] - 1) // self.BT)) if local else 0
@@ -479,7 +482,7 @@ def prepare(k: Tensor, v: Tensor, p: Problem, blocks: Tensor | None) -> tuple[Te
     """-> pairs (full), planes [4 (full) or 6, chunks, Cp], flags."""
     pairs = v.new_empty(p.operand_shape if not p.local else (0,), dtype=p.kind)
     planes = v.new_empty(6 if p.local else 4, p.chunks, p.Cp, dtype=torch.float32)
-    options = p.options("prepare")
+    options = p.options("sums" if p.local else "prepare")
     prepare_kernel[(p.chunks * (p.Cp // options["BC"]),)](
         k, v, pairs, planes, p.cu_seqlens, blocks, p.chunks, p.length, p.rows, p.channels, p.Cp,
         p.chunks, *k.stride()[:2], *v.stride()[:2], LOCAL=p.local, **options)
@@ -495,7 +498,7 @@ def factors(q: Tensor, k: Tensor, dy: Tensor, y: Tensor, inv: Tensor, planes: Te
     """-> dq, ab, and for local `seen` of a block and all later ones."""
     dq, ab = q.new_empty(q.shape), q.new_empty(p.operand_shape, dtype=p.kind)
     seen = planes.new_empty(2, p.chunks, p.Cp) if p.local else planes
-    options = p.options("rows")
+    options = p.options("local rows" if p.local else "rows")
     BS = p.BT if p.local else min(p.BT, p.config("rows").BS)
     rows_kernel[(p.chunks * (p.Cp // options["BC"]) * (p.BT // BS),)](
         q, k, dy, y, inv, dq, ab, planes, flags, seen, largest[1], p.cu_seqlens, blocks, p.chunks,
