@@ -33,6 +33,18 @@ THROUGH_THE_STACK = """
         /*38d0*/                   UIADD3.64 UR38, UR36, 0x2, URZ ;
         /*38e0*/                   HGMMA.64x64x16.F32 R24, gdesc[UR36], R24, gsb0 ;
 """
+SWAPPED = """
+        /*3390*/                   CS2R R88, SRZ ;
+        /*33d0*/                   IADD3 R100, P0, R100, 0x2, RZ ;
+        /*3410*/                   IADD3.X R88, R88, 0x40000040, RZ, P0, !PT ;
+        /*3420*/                   R2UR UR55, R88 ;
+        /*3430*/                   R2UR UR53, R100 ;
+        /*3450*/                   R2UR UR52, R88 ;
+        /*34a0*/                   ULOP3.LUT UR53, UR53, UR52, URZ, 0x3c, !UPT ;
+        /*34c0*/                   ULOP3.LUT UR52, UR53, UR52, URZ, 0x3c, !UPT ;
+        /*34e0*/                   ULOP3.LUT UR53, UR53, UR52, URZ, 0x3c, !UPT ;
+        /*3670*/                   HGMMA.64x32x16.F32.BF16 R144, gdesc[UR52], R144 ;
+"""
 
 
 def test_descriptors_are_followed() -> None:
@@ -40,3 +52,5 @@ def test_descriptors_are_followed() -> None:
     assert lost_descriptors(WRONG) == ["39b0"]
     assert lost_descriptors(THROUGH_THE_STACK) == []
     assert lost_descriptors(THROUGH_THE_STACK.replace("R2UR UR37", "R2UR UR38")) == ["38e0"]
+    assert lost_descriptors(SWAPPED) == []
+    assert lost_descriptors(SWAPPED.replace("34e0*/                   ULOP3", "34e0*/                   ULOP9")) == ["3670"]
