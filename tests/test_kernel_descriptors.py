@@ -53,4 +53,4 @@ def test_descriptors_are_followed() -> None:
     assert lost_descriptors(THROUGH_THE_STACK) == []
     assert lost_descriptors(THROUGH_THE_STACK.replace("R2UR UR37", "R2UR UR38")) == ["38e0"]
     assert lost_descriptors(SWAPPED) == []
-    assert lost_descriptors(SWAPPED.replace("34e0*/                   ULOP3", "34e0*/                   ULOP9")) == ["3670"]
+    assert lost_descriptors(SWAPPED.replace("UR53, UR53, UR52", "UR53, UR53, UR51")) == ["3670"]
