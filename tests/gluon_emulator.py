@@ -141,7 +141,8 @@ class Machine:
     def globals(self) -> dict[str, Any]:
         mbarrier = types.SimpleNamespace(init=lambda bar, count: None, expect=_expect, wait=_wait,
                                          MBarrierLayout=lambda: None)
-        return {"gl": self.language(), "mbarrier": mbarrier, "barrier": lambda: None, "TensorDescriptor": Descriptor,
+        return {"gl": self.language(), "mbarrier": mbarrier, "barrier": lambda: None,
+                "fence_async_shared": lambda: None, "TensorDescriptor": Descriptor,
                 "tma": types.SimpleNamespace(async_copy_global_to_shared=_copy), "warpgroup_mma": self.multiply,
                 "warpgroup_mma_init": lambda x: Product(None, None, None, x), "warpgroup_mma_wait": self.wait}
 

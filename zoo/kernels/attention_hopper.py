@@ -18,7 +18,13 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from zoo.kernels._common import LOG2E, power_of_two
@@ -103,6 +109,7 @@ def forward_kernel(d_q, d_k, d_v, p_y, p_lse, T, NT, HEADS, SECTION, scale, H: g
     for n in gl.static_range(STAGES):
         mbarrier.expect(bars_k.index(n), size, n <= i_t)
         mbarrier.expect(bars_v.index(n), size, n <= i_t)
+    fence_async_shared()  # TMA is to see the barriers' beginnings
     barrier()
     fetch(d_q, i_b, i_t, i_h, s_q, bars_q, 0, True)
     for n in gl.static_range(STAGES):

@@ -8,6 +8,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -72,6 +73,7 @@ def dq_kernel(d_q, d_k, d_v, d_y, d_dy, p_lse, p_delta, p_dq, T, NT, HEADS, SECT
     for n in gl.static_range(STAGES):
         mbarrier.expect(bars_k.index(n), size, n <= i_t)
         mbarrier.expect(bars_v.index(n), size, n <= i_t)
+    fence_async_shared()
     barrier()
     fetch(d_y, i_b, i_t, i_h, s_q, bars_q, 0, True)  # y first, then q in its place
     fetch(d_dy, i_b, i_t, i_h, s_dy, bars_dy, 0, True)
@@ -197,6 +199,7 @@ def dkdv_kernel(d_q, d_k, d_v, d_dy, d_lse, d_delta, p_dk, p_dv, T, NT, HEADS, S
     mbarrier.expect(bars_v.index(0), d_v.block_type.nbytes)
     for n in gl.static_range(STAGES):
         expect_rows(d, bars, n, n < steps)
+    fence_async_shared()
     barrier()
     fetch(d_k, i_b, i_s, i_g, s_k, bars_k, 0, True)
     fetch(d_v, i_b, i_s, i_g, s_v, bars_v, 0, True)
