@@ -230,7 +230,7 @@ def tiling(kernel: str, x: Tensor, by_tma: bool) -> tuple[int, tuple[int, int, i
 
 
 def describable(*tensors: Tensor | None) -> bool:
-    """Whether TMA can load tiles of all of them: on Hopper and later, 16 bits, strides of a multiple of 16 bytes.
+    """Whether TMA can load tiles of all of them: on Hopper and later, 16 bits, channels side by side, strides of a multiple of 16 bytes.
 
     Tensors on a CPU are Triton's interpreter's, of any dtype, or compiled for a GPU that is not there.
     """
@@ -240,8 +240,8 @@ def describable(*tensors: Tensor | None) -> bool:
             return False
     elif given[0].element_size() != 2 and not INTERPRETED.value:
         return False
-    return all(x.numel() and x.data_ptr() % 16 == 0 and not any(n * x.element_size() % 16 for n in rows(x))
-               for x in given)
+    return all(x.numel() and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
+               and not any(n * x.element_size() % 16 for n in rows(x)) for x in given)
 
 
 def rows(x: Tensor) -> list[int]:
