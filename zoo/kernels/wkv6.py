@@ -111,34 +111,35 @@ def _outputs(r, k, v, w, u, states, y, pairs, cu_seqlens, table, T, L, pieces, d
              EXACT: tl.constexpr, LIMIT: tl.constexpr, KEEP: tl.constexpr):
     """y of one chunk, head and block of values; KEEP: A, which the backward pass wants, too."""
     i_h = tl.program_id(0) % H
-    i_n, i_b, bos, last, i_c, slot, _ = place(
+    i_n, i_b, bos, length, i_c, slot, _ = place(
         tl.program_id(0) // H, T, L, pieces, documents, cu_seqlens, table, BT)
     if i_n < 0:
         return
-    o_r = tl.arange(0, BT)
-    o_t = i_c * BT + o_r
+    o_t = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = tl.program_id(1) * BV + tl.arange(0, BV)
     m_k = o_k < K
     m_v = o_v < V
-    m_tk = (o_t < last)[:, None] & m_k[None, :]
-    m_tv = (o_t < last)[:, None] & m_v[None, :]
-    i = o_r[:, None]
-    j = o_r[None, :]
+    first = bos + i_c * BT
+    left = tl.minimum(length - i_c * BT, BT).to(tl.int32)
+    m_tk = (o_t < left)[:, None] & m_k[None, :]
+    m_tv = (o_t < left)[:, None] & m_v[None, :]
+    i = o_t[:, None]
+    j = o_t[None, :]
     block = i // 16 == j // 16
     second = i >= 16
-    r += i_b * r_b + bos * r_t + i_h * r_h
-    k += i_b * k_b + bos * k_t + i_h * k_h
-    v += i_b * v_b + bos * v_t + i_h * v_h
-    w += i_b * w_b + bos * w_t + i_h * w_h
+    r += i_b * r_b + first * r_t + i_h * r_h
+    k += i_b * k_b + first * k_t + i_h * k_h
+    v += i_b * v_b + first * v_t + i_h * v_h
+    w += i_b * w_b + first * w_t + i_h * w_h
     SPLIT: tl.constexpr = w.dtype.element_ty != OP
     # of sums over K: a tensor core rounds each of its steps towards 0, which 200 of them show in float32
     LONG: tl.constexpr = "ieee" if EXACT and BK > 128 else PRECISION
     states += ((slot + i_c) * H + i_h) * K * V
-    ask_for(r, r_t, o_t, last, K, BK)
+    ask_for(r, r_t, o_t, left, K, BK)
     ask_for(states, K, o_v, V, K, BK)
-    ask_for(k, k_t, o_t, last, K, BK)
-    ask_for(v + tl.program_id(1) * BV, v_t, o_t, last, V - tl.program_id(1) * BV, BV)
+    ask_for(k, k_t, o_t, left, K, BK)
+    ask_for(v + tl.program_id(1) * BV, v_t, o_t, left, V - tl.program_id(1) * BV, BV)
     own = log_decays(w, w_t, o_t, o_k, m_tk)
     before, after, all_, other = exponents(own, BT, BK, OP, EXACT, SPLIT)
     b_r = rows(r, r_t, o_t, o_k, m_tk).to(tl.float32)
@@ -158,7 +159,7 @@ def _outputs(r, k, v, w, u, states, y, pairs, cu_seqlens, table, T, L, pieces, d
                     tl.zeros([BT, BT], tl.float32), LONG)
         scores += tl.where(block & (i > j), found, 0.0)
     else:
-        for level in range(0, tl.minimum(last - i_c * BT, 4).to(tl.int32)):
+        for level in range(0, tl.minimum(left, 4)):
             x = tl.where((i >> level) % 2 == 1, rows(r, r_t, o_t, o_k, m_tk).to(tl.float32),
                          rows(k, k_t, o_t, o_k, m_tk).to(tl.float32))
             own = log_decays(w, w_t, o_t, o_k, m_tk)
@@ -167,7 +168,7 @@ def _outputs(r, k, v, w, u, states, y, pairs, cu_seqlens, table, T, L, pieces, d
         tl.store(pairs + ((slot + i_c) * H + i_h) * BT * BT + i * BT + j, scores.to(OP))
     b_v = rows(v, v_t, o_t, o_v, m_tv).to(OP)
     b_y = dot(scores.to(OP), b_v, b_y, PRECISION)
-    y += ((i_b * T + bos) * H + i_h) * V
+    y += ((i_b * T + first) * H + i_h) * V
     tl.store(y + o_t[:, None] * H * V + o_v[None, :], b_y.to(y.dtype.element_ty), mask=m_tv)
 
 
@@ -180,9 +181,9 @@ def _gradients(r, k, v, w, u, dy, states, pairs, dstates, dr, dk, dv, dw, du, cu
     """All gradients of one chunk and head, those of r, k, w, u as one block of values has them."""
     i_h = tl.program_id(0) % H
     i_v = tl.program_id(1)
-    i_n, i_b, bos, last, i_c, slot, _ = place(
+    i_n, i_b, bos, length, i_c, slot, _ = place(
         tl.program_id(0) // H, T, L, pieces, documents, cu_seqlens, table, BT)
-    o_r = tl.arange(0, BT)
+    o_t = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     m_k = o_k < K
@@ -192,18 +193,19 @@ def _gradients(r, k, v, w, u, dy, states, pairs, dstates, dr, dk, dv, dw, du, cu
     if i_n < 0:
         tl.store(p_du, tl.zeros([BK], tl.float32), mask=m_k)
         return
-    o_t = i_c * BT + o_r
-    m_tk = (o_t < last)[:, None] & m_k[None, :]
-    m_tv = (o_t < last)[:, None] & m_v[None, :]
-    i = o_r[:, None]
-    j = o_r[None, :]
+    first = bos + i_c * BT
+    left = tl.minimum(length - i_c * BT, BT).to(tl.int32)
+    m_tk = (o_t < left)[:, None] & m_k[None, :]
+    m_tv = (o_t < left)[:, None] & m_v[None, :]
+    i = o_t[:, None]
+    j = o_t[None, :]
     block = i // 16 == j // 16
     second = i >= 16
-    r += i_b * r_b + bos * r_t + i_h * r_h
-    k += i_b * k_b + bos * k_t + i_h * k_h
-    v += i_b * v_b + bos * v_t + i_h * v_h
-    w += i_b * w_b + bos * w_t + i_h * w_h
-    dy += i_b * dy_b + bos * dy_t + i_h * dy_h
+    r += i_b * r_b + first * r_t + i_h * r_h
+    k += i_b * k_b + first * k_t + i_h * k_h
+    v += i_b * v_b + first * v_t + i_h * v_h
+    w += i_b * w_b + first * w_t + i_h * w_h
+    dy += i_b * dy_b + first * dy_t + i_h * dy_h
     SPLIT: tl.constexpr = w.dtype.element_ty != OP
     # of sums over K: a tensor core rounds each of its steps towards 0, which 200 of them show in float32
     LONG: tl.constexpr = "ieee" if EXACT and BK > 128 else PRECISION
@@ -213,15 +215,19 @@ def _gradients(r, k, v, w, u, dy, states, pairs, dstates, dr, dk, dv, dw, du, cu
     states += o_slot * K * V
     dstates += o_slot * K * V
     m_state = m_v[:, None] & m_k[None, :]
-    ask_for(v + i_v * BV, v_t, o_t, last, V - i_v * BV, BV)
+    ask_for(v + i_v * BV, v_t, o_t, left, V - i_v * BV, BV)
     ask_for(states, K, o_v, V, K, BK)
     ask_for(dstates, K, o_v, V, K, BK)
-    ask_for(w, w_t, o_t, last, K, BK)
-    ask_for(k, k_t, o_t, last, K, BK)
-    ask_for(pairs + o_slot * BT * BT, BT, o_r, BT, BT, BT)
-    ask_for(r, r_t, o_t, last, K, BK)
-    start = (i_b * T + bos) * H + i_h
-    o_out = (start + o_t[:, None] * H) * blocks * K + i_v * K + o_k[None, :]
+    ask_for(w, w_t, o_t, left, K, BK)
+    ask_for(k, k_t, o_t, left, K, BK)
+    ask_for(pairs + o_slot * BT * BT, BT, o_t, BT, BT, BT)
+    ask_for(r, r_t, o_t, left, K, BK)
+    start = (i_b * T + first) * H + i_h
+    dr += (start * blocks + i_v) * K
+    dk += (start * blocks + i_v) * K
+    dw += (start * blocks + i_v) * K
+    dv += start * V
+    o_out = o_t[:, None] * H * blocks * K + o_k[None, :]
 
     # values with each other, wanted both ways round; with the states on both sides
     b_dy = rows(dy, dy_t, o_t, o_v, m_tv).to(OP)
@@ -241,7 +247,7 @@ def _gradients(r, k, v, w, u, dy, states, pairs, dstates, dr, dk, dv, dw, du, cu
     to_end = exp(after + tl.where(second, 0.0, other))
     b_dv = dot((b_k * to_end).to(OP), tl.trans(b_dstate), tl.zeros([BT, BV], tl.float32), LONG)
     b_dv = dot(tl.load(pairs + o_slot * BT * BT + j * BT + i), b_dy, b_dv, PRECISION)
-    tl.store(dv + start * V + o_t[:, None] * H * V + o_v[None, :], b_dv.to(dv.dtype.element_ty), mask=m_tv)
+    tl.store(dv + o_t[:, None] * H * V + o_v[None, :], b_dv.to(dv.dtype.element_ty), mask=m_tv)
     b_dk *= to_end
     b_dr *= exp(before + tl.where(second, other, 0.0))
     b_dw = -through[None, :] * exp(all_ + other)  # less than nothing until it is stored: masks of its own, short-lived
@@ -276,7 +282,7 @@ def _gradients(r, k, v, w, u, dy, states, pairs, dstates, dr, dk, dv, dw, du, cu
         later_sum -= inside_k
         b_dw += inside_k
     else:
-        for level in range(0, tl.minimum(last - i_c * BT, 4).to(tl.int32)):
+        for level in range(0, tl.minimum(left, 4)):
             later_half = (i >> level) % 2 == 1
             x = tl.where(later_half, rows(r, r_t, o_t, o_k, m_tk).to(tl.float32),
                          rows(k, k_t, o_t, o_k, m_tk).to(tl.float32))
