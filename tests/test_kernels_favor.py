@@ -92,7 +92,7 @@ def test_rows_cut_into_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize(("K", "V", "m"), [(24, 5, 40), (16, 40, 70), (5, 16, 20), (130, 16, 20), (16, 130, 20)])
+@pytest.mark.parametrize(("K", "V", "m"), [(24, 5, 40), (16, 40, 70), (5, 16, 20), (130, 16, 140), (16, 130, 20)])
 def test_sizes(K: int, V: int, m: int) -> None:
     """Not powers of two; several blocks of features, of values, of channels in a product."""
     check(inputs(17, K, V, m, B=1, H=1))
