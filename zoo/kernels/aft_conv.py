@@ -87,7 +87,7 @@ def tile(table, i_h, i_before, BT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "L", "pieces", "documents", "segments", "plane"])
 def forward_kernel(q, k, v, table, y, lse, starts, cu_seqlens, T, H, K, L, pieces, documents, segments, plane,
-                   q_b, q_t, q_h, k_b, k_t, v_b, v_t, v_h, BT: tl.constexpr, BV: tl.constexpr,
+                   q_t, q_h, k_t, v_t, v_h, BT: tl.constexpr, BV: tl.constexpr,
                    STAGES: tl.constexpr, PRECISION: tl.constexpr):
     i_v, i_h = tl.program_id(0) % tl.cdiv(K, BV), tl.program_id(0) // tl.cdiv(K, BV) % H
     i_s = tl.program_id(0) // (tl.cdiv(K, BV) * H)
@@ -97,9 +97,9 @@ def forward_kernel(q, k, v, table, y, lse, starts, cu_seqlens, T, H, K, L, piece
     o_t = tl.arange(0, BT)
     o_v = i_v * BV + tl.arange(0, BV)
     m_v = (o_v < K)[None, :]
-    p_q = q + i_b * q_b + first * q_t + i_h * q_h + o_v[None, :]
-    p_k = k + i_b * k_b + first * k_t + i_h
-    p_v = v + i_b * v_b + first * v_t + i_h * v_h + o_v[None, :]
+    p_q = q + (i_b * T + first) * q_t + i_h * q_h + o_v[None, :]
+    p_k = k + (i_b * T + first) * k_t + i_h
+    p_v = v + (i_b * T + first) * v_t + i_h * v_h + o_v[None, :]
     p_y = y + ((i_b * T + first) * H + i_h) * K + o_v[None, :]
     p_l = lse + (i_b * T + first) * H + i_h
     if starts is not None:
@@ -148,7 +148,7 @@ def absorb(c_m, c_n, c_d, b_k, b_v, m_t):
 
 
 @triton.jit(do_not_specialize=["T", "L", "pieces", "documents", "segments"])
-def summary_kernel(k, v, sums, cu_seqlens, T, H, K, L, pieces, documents, segments, k_b, k_t, v_b, v_t, v_h,
+def summary_kernel(k, v, sums, cu_seqlens, T, H, K, L, pieces, documents, segments, k_t, v_t, v_h,
                    BT: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr):
     """max, num, den of a segment that another follows, a chunk early; for every value, as `chain_kernel` asks."""
     i_v, i_h = tl.program_id(0) % tl.cdiv(K, BV), tl.program_id(0) // tl.cdiv(K, BV) % H
@@ -159,8 +159,8 @@ def summary_kernel(k, v, sums, cu_seqlens, T, H, K, L, pieces, documents, segmen
     o_t = tl.arange(0, BT)
     o_v = i_v * BV + tl.arange(0, BV)
     m_v = o_v < K
-    p_k = k + i_b * k_b + first * k_t + i_h
-    p_v = v + i_b * v_b + first * v_t + i_h * v_h + o_v[None, :]
+    p_k = k + (i_b * T + first) * k_t + i_h
+    p_v = v + (i_b * T + first) * v_t + i_h * v_h + o_v[None, :]
     c_m = tl.cast(EMPTY, tl.float32)
     c_d = tl.cast(0.0, tl.float32)
     c_n = tl.zeros([BV], tl.float32)
@@ -191,17 +191,24 @@ def make_table(bias: Tensor, size: int, keys_down: bool) -> Tensor:
     return table
 
 
+def in_rows(x: Tensor) -> Tensor:
+    """x, or a copy where its last axis is not contiguous, or a row of the batch is not after the one before."""
+    rows = len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    return x if rows and (x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """q, v [B, T, H, K], k [B, T, H], bias [H, W], the last axes contiguous -> y [B, T, H, K], lse [2, B, T, H]."""
+    """q, v [B, T, H, K], k [B, T, H], bias [H, W] -> y [B, T, H, K], lse [2, B, T, H]."""
+    q, k, v, bias = in_rows(q), in_rows(k), in_rows(v), bias.contiguous()
     planned, each = plan(v, bias, cu_seqlens), sizes(v, bias)
     _, length, heads, width = v.shape
     y, lse = q.new_empty(q.shape), k.new_empty((2, *k.shape), dtype=torch.float32)
     if not v.numel():
         return y, lse
     grid = (planned.segments * heads * triton.cdiv(width, each.BV),)
-    strides = *k.stride()[:2], *v.stride()[:3]
+    strides = k.stride(1), *v.stride()[1:3]
     starts = None
-    if length > planned.L:
+    if cu_seqlens is not None or length > planned.L:  # as in AFT-simple
         starts = lse.new_empty((3, planned.segments, heads * width))
         sums = torch.empty_like(starts)
         summary_kernel[grid](k, v, sums, cu_seqlens, length, heads, width, planned.L, planned.pieces, planned.rows,
@@ -211,7 +218,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, cu_seqlens: Tensor | 
             sums, starts, None, None, None, cu_seqlens, length, heads * width, planned.L, planned.pieces,
             planned.segments, BP=PIECES, BC=channels, num_warps=4)
     forward_kernel[grid](q, k, v, make_table(bias, each.BT, False), y, lse, starts, cu_seqlens, length, heads, width,
-                         planned.L, planned.pieces, planned.rows, planned.segments, lse.stride(0), *q.stride()[:3],
+                         planned.L, planned.pieces, planned.rows, planned.segments, lse.stride(0), *q.stride()[1:3],
                          *strides, BT=each.BT, BV=each.BV, STAGES=each.forward[1],
                          PRECISION="ieee", num_warps=each.forward[0])
     return y, lse

@@ -22,23 +22,23 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._common import INTERPRETED, LOG2E, dot, power_of_two
-from zoo.kernels.aft_conv import LN2, keys, make_table, plan, sizes, tile
+from zoo.kernels.aft_conv import LN2, in_rows, keys, make_table, plan, sizes, tile
 from zoo.kernels.aft_simple import PIECES
 from zoo.kernels.aft_sums import exp2, join, joined_before, place, row_slots
 
 LAST = tl.constexpr(1e30)  # lse of a row that is not there
 
 
-@triton.jit(do_not_specialize=["T", "rows"])
-def rows_kernel(q, y, dy, dq, g, delta, T, H, K, rows, q_b, q_t, q_h, dy_b, dy_t, dy_h, BR: tl.constexpr,
+@triton.jit(do_not_specialize=["rows"])
+def rows_kernel(q, y, dy, dq, g, delta, H, K, rows, q_t, q_h, dy_t, dy_h, BR: tl.constexpr,
                 BK: tl.constexpr):
     """dq, g and delta, for BR heads of tokens."""
     row = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)
     o_k = tl.arange(0, BK)[None, :]
-    i_b, i_t, i_h = row // H // T, row // H % T, row % H
+    i_h = row % H
     mask = (row < rows)[:, None] & (o_k < K)
-    b_q = tl.load(q + (i_b * q_b + i_t * q_t + i_h * q_h)[:, None] + o_k, mask=mask, other=0).to(tl.float32)
-    b_dy = tl.load(dy + (i_b * dy_b + i_t * dy_t + i_h * dy_h)[:, None] + o_k, mask=mask, other=0).to(tl.float32)
+    b_q = tl.load(q + (row // H * q_t + i_h * q_h)[:, None] + o_k, mask=mask, other=0).to(tl.float32)
+    b_dy = tl.load(dy + (row // H * dy_t + i_h * dy_h)[:, None] + o_k, mask=mask, other=0).to(tl.float32)
     b_y = tl.load(y + row[:, None] * K + o_k, mask=mask, other=0).to(tl.float32)
     gate = tl.sigmoid(b_q)
     tl.store(dq + row[:, None] * K + o_k, (b_dy * b_y * (1 - gate)).to(dq.dtype.element_ty), mask=mask)
@@ -56,7 +56,7 @@ def absorb_rows(c_e, c_a, c_b, b_l, b_r, b_g, b_delta):
 
 @triton.jit(do_not_specialize=["T", "L", "pieces", "documents", "segments", "plane", "dk_v"])
 def backward_kernel(k, v, table, g, delta, lse, dk, dv, tiles, ends, cu_seqlens, T, H, K, L, pieces, documents,
-                    segments, plane, k_b, k_t, v_b, v_t, v_h, dk_v, BT: tl.constexpr, BV: tl.constexpr,
+                    segments, plane, k_t, v_t, v_h, dk_v, BT: tl.constexpr, BV: tl.constexpr,
                     STAGES: tl.constexpr, PRECISION: tl.constexpr):
     i_v, i_h = tl.program_id(0) % tl.cdiv(K, BV), tl.program_id(0) // tl.cdiv(K, BV) % H
     i_s = tl.program_id(0) // (tl.cdiv(K, BV) * H)
@@ -65,8 +65,8 @@ def backward_kernel(k, v, table, g, delta, lse, dk, dv, tiles, ends, cu_seqlens,
     o_v = i_v * BV + tl.arange(0, BV)
     m_v = (o_v < K)[None, :]
     own = (i_b * T + first) * H + i_h
-    p_k = k + i_b * k_b + first * k_t + i_h
-    p_v = v + i_b * v_b + first * v_t + i_h * v_h + o_v[None, :]
+    p_k = k + (i_b * T + first) * k_t + i_h
+    p_v = v + (i_b * T + first) * v_t + i_h * v_h + o_v[None, :]
     p_g, p_dv = g + own * K + o_v[None, :], dv + own * K + o_v[None, :]
     p_l, p_d, p_dk = lse + own, delta + own, dk + tl.cast(i_v, tl.int64) * dk_v + own
     if ends is None:
@@ -196,6 +196,7 @@ def bias_kernel(tiles, dbias, H, W, programs, blocks, BT: tl.constexpr, BP: tl.c
 def backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, y: Tensor, dy: Tensor, lse: Tensor,
              cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> dq, dk, dv, dbias, each as its input."""
+    q, k, v, dy, bias = in_rows(q), in_rows(k), in_rows(v), in_rows(dy), bias.contiguous()
     planned, each = plan(v, bias, cu_seqlens), sizes(v, bias)
     _, length, heads, width = v.shape
     dq, dv = q.new_empty(q.shape), v.new_empty(v.shape)
@@ -208,13 +209,14 @@ def backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, y: Tensor, dy: Tenso
     g, delta = v.new_empty(v.shape), torch.empty_like(lse[0])
     wide = power_of_two(width)
     several = max(1, 2048 // wide)
-    rows_kernel[(triton.cdiv(delta.numel(), several),)](q, y, dy, dq, g, delta, *shape, delta.numel(), *q.stride()[:3],
-                                                      *dy.stride()[:3], BR=several, BK=wide, num_warps=4)
+    rows_kernel[(triton.cdiv(delta.numel(), several),)](
+        q, y, dy, dq, g, delta, heads, width, delta.numel(), *q.stride()[1:3], *dy.stride()[1:3], BR=several, BK=wide,
+        num_warps=4)
     dk = k.new_empty((blocks, *k.shape), dtype=k.dtype if blocks == 1 else torch.float32)
     tiles = lse.new_empty((grid[0], 2, each.BT, each.BT))
     dbias = bias.new_empty(bias.shape)
     ends = None
-    if length > planned.L:
+    if cu_seqlens is not None or length > planned.L:
         sums = lse.new_empty((3, planned.segments, heads * width))
         ends = torch.empty_like(sums)
         summary_kernel[grid](g, delta, lse, sums, cu_seqlens, *shape, *cuts, BT=each.BT, BV=each.BV,
@@ -224,7 +226,7 @@ def backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, y: Tensor, dy: Tenso
             sums, ends, cu_seqlens, length, heads * width, planned.L, planned.pieces, planned.segments, BP=PIECES,
             BC=channels, num_warps=4)
     backward_kernel[grid](k, v, make_table(bias, each.BT, True), g, delta, lse, dk, dv, tiles, ends, cu_seqlens, *shape,
-                          *cuts, *k.stride()[:2], *v.stride()[:3], dk.stride(0), BT=each.BT, BV=each.BV,
+                          *cuts, k.stride(1), *v.stride()[1:3], dk.stride(0), BT=each.BT, BV=each.BV,
                           STAGES=each.backward[1], PRECISION="ieee", num_warps=each.backward[0])
     bias_kernel[(bias.numel(),)](tiles, dbias, heads, bias.shape[1], planned.segments * blocks, blocks, BT=each.BT,
                                  BP=8, num_warps=4)

@@ -79,7 +79,7 @@ def config(direction: str, k: Tensor) -> Config:
 
 @triton.jit(do_not_specialize=["T", "L", "pieces", "documents", "chunks", "segments"])
 def forward_kernel(q, k, v, y, states, steep, starts, cu_seqlens, T, C, L, pieces, documents, chunks, segments,
-                   x_b, x_t, R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr,
+                   x_t, R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr,
                    STAGES: tl.constexpr):
     BT: tl.constexpr = R * W
     i_s, i_c = tl.program_id(0) // tl.cdiv(C, BC), tl.program_id(0) % tl.cdiv(C, BC)
@@ -91,7 +91,7 @@ def forward_kernel(q, k, v, y, states, steep, starts, cu_seqlens, T, C, L, piece
     m_c = o_c < C
     every = o_t * 0 + o_c  # the channels, for each warp
     o_x, o_y = o_t * x_t + o_c, o_t * C + o_c
-    here, step = i_b * x_b + first * x_t, tl.cast(x_t, tl.int64) * BT
+    here, step = (i_b * T + first) * x_t, tl.cast(x_t, tl.int64) * BT
     p_q, p_k, p_v, p_y = q + here, k + here, v + here, y + (i_b * T + first) * C
     p_s = states + chunk * C
     plane = tl.cast(chunks, tl.int64) * C
@@ -133,7 +133,7 @@ def forward_kernel(q, k, v, y, states, steep, starts, cu_seqlens, T, C, L, piece
     if steep_at < NEVER:
         tl.debug_barrier()
         first += tl.cast(steep_at, tl.int64) * BT
-        here = i_b * x_b + first * x_t
+        here = (i_b * T + first) * x_t
         p_q, p_k, p_v, p_y = q + here, k + here, v + here, y + (i_b * T + first) * C
         p_s = states + (chunk + steep_at) * C
         c_m = tl.load(p_s + every, mask=m_c, other=0)
@@ -161,7 +161,7 @@ def forward_kernel(q, k, v, y, states, steep, starts, cu_seqlens, T, C, L, piece
 
 
 @triton.jit(do_not_specialize=["T", "L", "pieces", "documents", "segments"])
-def summary_kernel(k, v, sums, cu_seqlens, T, C, L, pieces, documents, segments, x_b, x_t, R: tl.constexpr,
+def summary_kernel(k, v, sums, cu_seqlens, T, C, L, pieces, documents, segments, x_t, R: tl.constexpr,
                    W: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr):
     """max, num, den of a segment that another follows."""
     BT: tl.constexpr = R * W
@@ -173,7 +173,7 @@ def summary_kernel(k, v, sums, cu_seqlens, T, C, L, pieces, documents, segments,
     o_c = tl.max_contiguous(i_c * BC + tl.arange(0, BC), VEC)[None, :]
     m_c = o_c < C
     o_x = o_t * x_t + o_c
-    p_k, p_v = k + i_b * x_b + first * x_t, v + i_b * x_b + first * x_t
+    p_k, p_v = k + (i_b * T + first) * x_t, v + (i_b * T + first) * x_t
     c_m = tl.zeros([W, BC], tl.float32) + EMPTY
     c_n = tl.zeros([W, BC], tl.float32)
     c_d = tl.zeros([W, BC], tl.float32)
@@ -256,17 +256,18 @@ def kept_shapes(k: Tensor, cu_seqlens: Tensor | None) -> tuple[tuple[int, int, i
     return (3, chunks, channels), chunks * triton.cdiv(channels, each.BC)
 
 
-def cut(planned: Plan, k: Tensor) -> bool:
-    """Whether any row may have more than one segment."""
-    return k.shape[1] > planned.L
+def cut(planned: Plan, k: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether any row may have more than one segment. For documents always, so that longer ones compile nothing new;
+    a document that is one segment adds nothing."""
+    return cu_seqlens is not None or k.shape[1] > planned.L
 
 
 def alike(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, or copies, so that a token is at the same place in all three: that saves registers. Splits of one
-    projection are already so."""
-    strides = {tuple(n for n, size in zip(x.stride(), x.shape, strict=True) if size > 1) for x in (q, k, v)}
-    small = k.stride(1) * config("forward", k).R * config("forward", k).W < 2**31
-    if len(strides) == 1 and small and (k.stride(2) == 1 or k.shape[2] == 1):
+    """The same, or copies, so that a token is at the same place in all three, a row of the batch after the one before:
+    that saves registers, and builds. Splits of one projection are already so."""
+    batch, length, channels = k.shape
+    if all((channels == 1 or x.stride(2) == 1) and (length == 1 or x.stride(1) == k.stride(1) < 2**24)
+           and (batch == 1 or x.stride(0) == length * k.stride(1)) for x in (q, k, v)):
         return q, k, v
     return q.contiguous(), k.contiguous(), v.contiguous()
 
@@ -288,16 +289,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, top: Tensor | None, num: Tensor | N
         return y, states, steep
     shape = k.shape[1], channels, planned.L, planned.pieces
     starts, kept = None, each.launch()
-    if top is not None or cut(planned, k):
+    if top is not None or cut(planned, k, cu_seqlens):
         starts = q.new_empty((3, planned.segments, channels), dtype=torch.float32)
         sums = torch.empty_like(starts)
-        if cut(planned, k):
+        if cut(planned, k, cu_seqlens):
             summary_kernel[(planned.segments * blocks,)](
-                k, v, sums, cu_seqlens, *shape, planned.rows, planned.segments, *k.stride()[:2], **kept)
+                k, v, sums, cu_seqlens, *shape, planned.rows, planned.segments, k.stride(1), **kept)
         width = 16 if INTERPRETED else 32
         chain_kernel[(planned.rows * triton.cdiv(channels, width),)](
             sums, starts, top, num, den, cu_seqlens, *shape, planned.segments, BP=PIECES, BC=width, num_warps=4)
     forward_kernel[(planned.segments * blocks,)](
         q, k, v, y, states, steep, starts, cu_seqlens, *shape, planned.rows, kept_shape[1], planned.segments,
-        *k.stride()[:2], **kept)
+        k.stride(1), **kept)
     return y, states, steep

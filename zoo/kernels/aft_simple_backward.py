@@ -62,7 +62,7 @@ def fallen_after(m, a, b, last):
 
 @triton.jit(do_not_specialize=["T", "L", "pieces", "documents", "chunks", "segments"])
 def backward_kernel(q, k, v, dy, dq, dk, dv, states, steep, ends, sums, cu_seqlens, T, C, L, pieces, documents, chunks,
-                    segments, x_b, x_t, R: tl.constexpr, W: tl.constexpr,
+                    segments, x_t, R: tl.constexpr, W: tl.constexpr,
                     BC: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr, SUMMARY: tl.constexpr):
     """Gradients of a segment, or with SUMMARY the sums of a and b of one that another precedes. `sums`: where those
     go, by segment; without SUMMARY those at the first token of every row of the batch, or None."""
@@ -93,7 +93,7 @@ def backward_kernel(q, k, v, dy, dq, dk, dv, states, steep, ends, sums, cu_seqle
     smooth = tl.minimum(tl.load(steep + tl.program_id(0)), n)
     o_x, o_y, step = o_t * x_t + o_c, o_t * C + o_c, tl.cast(x_t, tl.int64) * BT
     o_0 = first + (n - 1) * BT
-    here, own = i_b * x_b + o_0 * x_t, (i_b * T + o_0) * C
+    here, own = (i_b * T + o_0) * x_t, (i_b * T + o_0) * C
     p_q, p_k, p_v, p_dy = q + here, k + here, v + here, dy + own
     p_dq, p_dk, p_dv = dq + own, dk + own, dv + own
     p_s = states + (chunk + n - 1) * C + every
@@ -141,7 +141,7 @@ def backward_kernel(q, k, v, dy, dq, dk, dv, states, steep, ends, sums, cu_seqle
         p_q, p_k, p_v, p_s = p_q - step, p_k - step, p_v - step, p_s - C
         p_dy, p_dq, p_dk, p_dv = p_dy - BT * C, p_dq - BT * C, p_dk - BT * C, p_dv - BT * C
     o_0 = first + (smooth - 1) * BT
-    here, own = i_b * x_b + o_0 * x_t, (i_b * T + o_0) * C
+    here, own = (i_b * T + o_0) * x_t, (i_b * T + o_0) * C
     p_q, p_k, p_v, p_dy = q + here, k + here, v + here, dy + own
     p_dq, p_dk, p_dv = dq + own, dk + own, dv + own
     p_s = states + (chunk + smooth - 1) * C + every
@@ -259,18 +259,18 @@ def backward(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, states: Tensor, steep:
     grid = (planned.segments * triton.cdiv(channels, each.BC),)
     kept = each.launch()
     ends = None
-    if cut(planned, k):
+    if cut(planned, k, cu_seqlens):
         sums = states.new_empty((2, planned.segments, channels))
         ends = states.new_empty((3, planned.segments, channels))
         backward_kernel[grid](q, k, v, dy, dq, dk, dv, states, steep, None, sums, cu_seqlens, *shape, planned.rows,
-                              states.shape[1], planned.segments, *k.stride()[:2], SUMMARY=True, **kept)
+                              states.shape[1], planned.segments, k.stride(1), SUMMARY=True, **kept)
         width = 16 if INTERPRETED else 32
         chain_back_kernel[(planned.rows * triton.cdiv(channels, width),)](
             sums, ends, states, cu_seqlens, *shape, states.shape[1], planned.segments, BP=PIECES, BC=width,
             BT=each.R * each.W, num_warps=4)
     at_start = None if top is None else states.new_empty((2, batch, channels))
     backward_kernel[grid](q, k, v, dy, dq, dk, dv, states, steep, ends, at_start, cu_seqlens, *shape, planned.rows,
-                          states.shape[1], planned.segments, *k.stride()[:2], SUMMARY=False, **kept)
+                          states.shape[1], planned.segments, k.stride(1), SUMMARY=False, **kept)
     if at_start is None or top is None or num is None or den is None:
         return dq, dk, dv
     e = states[0].view(batch, -1, channels)[:, 0]

@@ -20,12 +20,7 @@ def conv(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, cu_seqlens: Tensor | Non
     if bias.ndim != 2 or len(bias) != q.shape[2] or k.shape != q.shape[:3]:
         raise ZooError(f"q is {list(q.shape)}, k {list(k.shape)}, bias {list(bias.shape)}; "
                        "allowed: [B, T, H, K], [B, T, H], [H, W]")
-    return _conv(_rows(q), _rows(k), _rows(v), _rows(bias), cu_seqlens)[0]
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x, or a copy where its last axis is not contiguous; the kernels take any other stride."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return _conv(q, k, v, bias, cu_seqlens)[0]
 
 
 @torch.library.custom_op("zoo::aft_conv", mutates_args=())
@@ -46,7 +41,7 @@ def _conv_backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, y: Tensor, dy:
                    cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from zoo.kernels import aft_conv_backward
 
-    return aft_conv_backward.backward(q, k, v, bias, y, _rows(dy), lse, cu_seqlens)
+    return aft_conv_backward.backward(q, k, v, bias, y, dy, lse, cu_seqlens)
 
 
 @_conv_backward.register_fake
