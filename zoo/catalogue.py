@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,8 +37,12 @@ def facts(name: str) -> Facts:
 def state_bytes(name: str, context: int, size: str = SIZE) -> int:
     """Bytes of one sequence's float32 state with room for `context` tokens, of a model built for that context."""
     shape = SIZES[size]
-    config = ModelConfig(name, vocab_size=256, seq_len=context, layers=shape.layers, dim=shape.dim, heads=shape.heads,
-                         channel_dim=shape.dim)  # no state depends on the channel width
+    return state_bytes_of(ModelConfig(name, vocab_size=256, seq_len=context, layers=shape.layers, dim=shape.dim,
+                                      heads=shape.heads, channel_dim=shape.dim), context)
+
+
+def state_bytes_of(config: ModelConfig, context: int) -> int:
+    """The same of a configuration, its own length replaced by `context`. No state depends on the channel width."""
     with torch.device("meta"):
-        state = LanguageModel(config).init_state(1, context, device="meta")
+        state = LanguageModel(replace(config, seq_len=context)).init_state(1, context, device="meta")
     return sum(value.numel() * value.element_size() for value in state.values())

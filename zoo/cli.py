@@ -98,6 +98,22 @@ def export(
     print(export_run(run, out, which=which, dtype=kind, complain=lambda line: print(line, file=sys.stderr)))
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, or of whole sweeps.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.md, report.csv and report.html.")] = Path("report"),
+    train_csv: Annotated[Path | None, typer.Option(help="A table of `zoo bench train`, for speed against T.")] = None,
+    decode_csv: Annotated[Path | None, typer.Option(help="A table of decoding speed against the context.")] = None,
+    separate: Annotated[bool, typer.Option(help="Runs that break the protocol get a table of their own.")] = False,
+) -> None:
+    """Compare training runs: a ranking, curves and speed, as Markdown, CSV and a page."""
+    from zoo.report.write import write_report
+
+    for path in write_report(runs, out, train_csv=train_csv, decode_csv=decode_csv, separate=separate,
+                             complain=lambda line: print("error:", line, file=sys.stderr)):
+        print(path)
+
+
 @bench.command("train")
 def bench_train(
     device: Device = "auto",
