@@ -320,6 +320,27 @@ def test_chunks_of_one_block_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
+def test_rows_segments_and_documents_share_their_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a row was long enough to be cut, nothing is specialised anew for other lengths, batches and documents."""
+    import triton
+
+    def step(B: int, T: int, borders: list[int] | None = None) -> None:
+        given = {name: x.float() if name in KEEP else x.bfloat16() for name, x in inputs(T, 64, 64, B).items()}
+        del given["initial_state"]
+        if borders:
+            given["cu_seqlens"] = torch.tensor(borders, device=DEVICE)
+        outputs_and_gradients(lambda **x: wkv6(**x)[0], given)
+
+    with use_backend("triton"):
+        step(1, 1000)
+        seen: list[str] = []
+        monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda *_, **facts: seen.append(facts["repr"]))
+        for case in ((1, 1), (2, 40), (1, 256), (1, 3000), (1, 100, [0, 3, 3, 100]), (1, 2000, [0, 1500, 2000])):
+            step(*case)
+    assert not seen, seen
+
+
+@pytest.mark.gpu
 def test_memory_on_a_gpu() -> None:
     """In bf16: y, four gradients; for 32 tokens a state, its gradient and their pairs; a bonus' gradient in float32."""
     given = [torch.randn(8, 1024, 8, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)]
