@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from zoo.kernels import aft_full, aft_local
-from zoo.kernels.aft_parts import Problem, bias_gradient, factors, make_table, prepare
+from zoo.kernels.aft_parts import Problem
+from zoo.kernels.aft_passes import bias_gradient, factors, make_table, prepare
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -123,5 +123,6 @@ def _test(op: str, device: torch.device, dtype: torch.dtype) -> float:
     return _largest_error(ours, [exact.detach(), *gradients], dtype)
 
 
-LOCAL = Kernel("aft_local", lambda device, dtype, _: _test("local", device, dtype), sources=("aft", "aft_parts"))
-FULL = Kernel("aft_full", lambda device, dtype, _: _test("full", device, dtype), sources=("aft", "aft_parts"))
+SOURCES = "aft", "aft_parts", "aft_passes"
+LOCAL = Kernel("aft_local", lambda device, dtype, _: _test("local", device, dtype), sources=SOURCES)
+FULL = Kernel("aft_full", lambda device, dtype, _: _test("full", device, dtype), sources=SOURCES)
