@@ -64,8 +64,9 @@ def favor_attention(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, initial
     states are [N, H, m, V+1], one a document; an empty document passes its on.
 
     Triton kernels take sizes to 1024 each, and projections that are not trained. Products take bf16 if q, k or v has
-    it (exponents with float32's digits all the same), TF32 for fp16, which could not hold the features, else float32;
-    sums are float32. The eager path computes in float32 throughout.
+    it, TF32 for fp16, which could not hold the features, else float32; exponents of 16-bit inputs are products of fp16
+    numbers of 11 bits (of elements to 65504, beyond which they count as that); sums are float32. The eager path
+    computes in float32 throughout.
     """
     trained = projection.requires_grad and torch.is_grad_enabled()
     sizes = q.shape[-1], v.shape[-1], len(projection)

@@ -21,10 +21,10 @@ def favor_attention(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, initial
                     max_key_norm: float | None, cu_seqlens: Tensor | None) -> Three:
     """-> y [B, T, H, V], last states [N, H, m, V + 1] float32, and the normalisers' logarithms, float32 [B, H, T].
 
-    Kept for the backward pass: the inputs, y, and 4 bytes a token and head; it takes 4 more. While a pass lasts the
-    state before each chunk of 64 tokens is in memory, in bf16 (32 to 64 tokens, in float32, for float32 and fp16
-    inputs), with sizes rounded up to 64 (m) and a power of two (V): m V / 32 bytes a token and head at most, beside
-    m V / 16; the backward pass has two such sets.
+    Kept for the backward pass: the inputs, y, and 4 bytes a token and head; it takes 4 more. While a pass lasts, the
+    state before each chunk is in memory (behind it, in the backward pass, once the other set is done with): m V / 32
+    bytes a token and head, for float32 and fp16 inputs m V / 16, of heads wider than 64 m V / 8; m counts as a multiple
+    of 64, V as a power of two from 64 (from 32) on.
     """
     from zoo.kernels.favor import forward
 
@@ -124,8 +124,9 @@ def error_of_kernels(device: torch.device, dtype: torch.dtype, sizes: tuple[int,
     k[0, 7] *= 3  # an outlier, beyond the bound
     given = [q, k, draw(B, T, H, V), draw(m, K), draw(B, H, m, V + 1).abs(), draw(B, T, H, V), draw(B, H, m, V + 1)]
     given[4] *= torch.exp(-K / 2 * torch.ones(()))  # about the size of features
-    # states are float32: fp16 could hold neither sums of features nor their gradients
-    narrow = [x.to(torch.float32 if i in (4, 6) else dtype).to(device) for i, x in enumerate(given)]
+    # queries, keys and W in float32, as the mixer has them under autocast: the builds are those of its first step; and
+    # states, as fp16 could hold neither sums of features nor their gradients
+    narrow = [x.to(dtype if i in (2, 5) else torch.float32).to(device) for i, x in enumerate(given)]
     wide = [x.double() for x in narrow]
     for inputs in (narrow, wide):
         for i in (0, 1, 2, 4):
