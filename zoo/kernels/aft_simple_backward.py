@@ -275,5 +275,5 @@ def backward(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, states: Tensor, steep:
         return dq, dk, dv
     e = states[0].view(batch, -1, channels)[:, 0]
     share = (top * LOG2E.value - e).exp2()
-    dnum, dden = at_start[0] * share, -at_start[1] * share
-    return dq, dk, dv, num * dnum + den * dden, dnum, dden
+    a, b = at_start.double() * share  # differences of near numbers follow
+    return dq, dk, dv, (num * a - den * b).float(), a.float(), -b.float()
