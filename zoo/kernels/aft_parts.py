@@ -201,7 +201,7 @@ class Problem:
         padded = -(-self.rows // self.BT) * self.BT
         self.columns = (self.NB + 1) * self.BT if local else padded
         self.table_shape = padded, self.columns
-        self.PRECISION = "tf32" if v.dtype == torch.float16 else "tf32x3"
+        self.PRECISION = "tf32" if v.dtype == torch.float16 and not local else "tf32x3"  # local, tf32: lost addresses
         if cu_seqlens is None:
             self.documents, self.chunks = self.batch, self.batch * -(-self.length // self.BT)
         else:
