@@ -230,9 +230,10 @@ def tiling(kernel: str, x: Tensor, by_tma: bool) -> tuple[int, tuple[int, int, i
 
 
 def describable(*tensors: Tensor | None) -> bool:
-    """Whether TMA can load tiles of all of them: on Hopper and later, 16 bits, channels side by side, strides of a multiple of 16 bytes.
+    """Whether TMA can load tiles of all of them.
 
-    Tensors on a CPU are Triton's interpreter's, of any dtype, or compiled for a GPU that is not there.
+    On Hopper and later: 16 bits, channels side by side, strides of a multiple of 16 bytes. Tensors
+    on a CPU are Triton's interpreter's, of any dtype, or compiled for a GPU that is not there.
     """
     given = [x for x in tensors if x is not None]
     if given[0].is_cuda:
