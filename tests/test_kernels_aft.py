@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import kernel_cases
 import pytest
 import torch
@@ -260,11 +262,11 @@ def test_long_rows_and_documents(name: str) -> None:
 
 
 def builds() -> None:
-    """Every kernel in the benchmark's shapes and types, for tests/kernel_builds.py."""
+    """Every kernel in all types and in widths that take other blocks, for tests/kernel_builds.py."""
     from zoo.kernels import aft
 
-    for dtype in (torch.bfloat16, torch.float32):
-        q, k, v, dy = (torch.zeros(2, 1024, 512, dtype=dtype) for _ in range(4))
+    for dtype, width in itertools.product(kernel_cases.DTYPES, (16, 40, 512)):
+        q, k, v, dy = (torch.zeros(2, 1024, width, dtype=dtype) for _ in range(4))
         for local, columns in ((False, 1024), (True, 32)):
             bias = torch.zeros(1024, columns)
             y, *kept = aft.forward(q, k, v, bias, local, None)
