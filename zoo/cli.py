@@ -106,7 +106,7 @@ def report(
     decode_csv: Annotated[Path | None, typer.Option(help="A table of decoding speed against the context.")] = None,
     separate: Annotated[bool, typer.Option(help="Runs that break the protocol get a table of their own.")] = False,
 ) -> None:
-    """Compare training runs: a ranking, curves and speed, as Markdown, CSV and a page."""
+    """Compare runs: ranking, curves and speed, on one page."""
     from zoo.report.write import write_report
 
     for path in write_report(runs, out, train_csv=train_csv, decode_csv=decode_csv, separate=separate,

@@ -56,8 +56,8 @@ def short(entries: Sequence[Entry]) -> list[str]:
         seconds, there = _at_the_least(entries, along)
         if len(there) > 1:
             best_then = min(there, key=lambda label: there[label].mean)
-            said.append(f"After {shown(seconds)} seconds of training, when the fastest was done, `{best_then}` was best: "
-                        f"{bits(there[best_then].mean)} {BITS}.")
+            said.append(f"After {shown(seconds)} seconds of training, when the fastest was done, `{best_then}` was "
+                        f"best: {bits(there[best_then].mean)} {BITS}.")
     return said
 
 
@@ -88,7 +88,7 @@ def ranking(entries: Sequence[Entry], colours: Colours) -> Section:
         f"Mean {BITS} over seeds, least and greatest in brackets; validation decides the order and the learning rate, "
         f"test nothing. Without a model the validation text costs {bits(frequencies)} by its bytes' frequencies, "
         f"{bits(gzip)} by `gzip -9`.",
-        Table(["#", "model", "validation", "test", against, "seeds", "learning rate", "parameters", "FLOPs a token",
+        Table(["#", "model", "validation", "test", against, "seeds", "learning rate", "parameters", "FLOPs/token",
                "tokens/s", "peak memory"], rows, 2, [colours[entry.label] for entry in entries], 1),
         Chart("Validation: every seed a dot, a bar at the mean",
               dot_chart(dots, Axis(f"{BITS} (less is better)"), "validation by architecture")),
@@ -187,7 +187,7 @@ def rates(entries: Sequence[Entry], colours: Colours) -> list[Section]:
                     [(rate, seen.low, seen.high) for rate, seen in entry.rates.items() if seen.count > 1])
              for entry in entries]
     chart = Chart("Validation against the peak learning rate", line_chart(
-        lines, Axis("learning rate", lambda value: f"{value:g}", 10), Axis(BITS),
+        lines, Axis("learning rate", lambda value: f"{value:g}", 10, ticks=tried), Axis(BITS),
         "validation against learning rate"))
     return [Section("Learning rates", [
         chart, f"Validation in {BITS}, mean over seeds; the best of each, in bold, is the one that all else is of:",

@@ -107,17 +107,13 @@ def crossovers(rows: Sequence[Row], axis: str) -> str | None:
     kind = [(row["size"], row.get("batch_tokens", row.get("batch"))) for row in rows]
     found = curves([row for row, mine in zip(rows, kind, strict=True) if mine == kind[0]], axis, "tokens_per_s")
     reference = found.get((REFERENCE, OURS), {})
-    places: list[tuple[float, str]] = []
-    never = []
-    for (model, impl), curve in found.items():
-        if impl != OURS or model == REFERENCE or not (common := curve.keys() & reference.keys()):
+    places: dict[str, list[str]] = {}
+    for model, curve in sorted((model, curve) for (model, impl), curve in found.items() if impl == OURS):
+        if model == REFERENCE or not (common := curve.keys() & reference.keys()):
             continue
-        if (where := crossing(curve, reference)) is None:
-            never.append(f"`{model}`")
-        else:
-            places.append((where, f"`{model}` " + (f"from {axis} = {context_of(where)} on" if where > min(common)
-                                                   else "at every one measured")))
-    parts = [f"ahead of `{REFERENCE}`: {', '.join(text for _, text in sorted(places))}"] if places else []
-    parts += [f"not ahead of `{REFERENCE}` at {axis} = {context_of(max(reference))}, the longest: {', '.join(never)}"] \
-        if never else []
-    return "; ".join(parts) or None
+        where = crossing(curve, reference)
+        place = f"behind at {axis} = {context_of(max(common))}, the longest" if where is None else \
+            f"ahead from {axis} = {context_of(where)} on" if where > min(common) else f"ahead at every {axis} measured"
+        places.setdefault(place, []).append(f"`{model}`")
+    parts = [f"{', '.join(models)} {place}" for place, models in places.items()]
+    return f"against `{REFERENCE}`: {'; '.join(parts)}" if parts else None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-# Eight colours an architecture may have, by luminance and hue apart for all kinds of colour vision and at least 3:1
-# against the ground; tests/test_report_page.py measures both.
-LIGHT = ("#0b62a8", "#d15f00", "#008561", "#b0307f", "#5a4fcf", "#7a5a14", "#2f9bd6", "#5c6670")
-DARK = ("#5ab4ef", "#ffa040", "#35cfa0", "#f584c4", "#b3a8ff", "#d9b65c", "#2f86c9", "#a3adb8")
+# Eight colours an architecture may have: found by a search for what is farthest apart for every kind of colour vision at
+# 3.6:1 or more against the ground. tests/test_report_page.py measures both.
+LIGHT = ("#0020c2", "#743211", "#009959", "#f20dcc", "#4c1f7a", "#857a00", "#124949", "#737f8c")
+DARK = ("#007fff", "#bb781b", "#00ad65", "#d043b9", "#c2a3ff", "#ffc414", "#00ebeb", "#7e8e95")
 GROUND = {"light": "#ffffff", "dark": "#14171a"}
 
 
@@ -45,7 +45,7 @@ figcaption {{ font-weight: 600; font-size: .95rem; margin-bottom: .2rem; }}
 .mean {{ stroke: var(--c); stroke-width: 2; }}
 .table {{ overflow-x: auto; margin: .8rem 0; }}
 table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .35rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--grid); }}
+th, td {{ padding: .35rem .55rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--grid); }}
 th {{ color: var(--soft); font-weight: 600; vertical-align: bottom; }}
 td {{ white-space: nowrap; }}
 .figure {{ text-align: right; }}

@@ -30,13 +30,15 @@ class Series:
 @dataclass(frozen=True)
 class Axis:
     """What an axis shows, its unit in the label; a value in words, None: as many digits as its marks need; `base` of a
-    logarithmic one; `limits` of values shown, None: all; `signed`: with a plus."""
+    logarithmic one; `limits` of values shown, None: all; `signed`: with a plus;
+    `ticks`: what is marked, round values if empty."""
 
     label: str
     shown: Callable[[float], str] | None = None
     base: int | None = None
     limits: tuple[float, float] | None = None
     signed: bool = False
+    ticks: Sequence[float] = ()
 
 
 def line_chart(series: Sequence[Series], x: Axis, y: Axis, about: str) -> str:
@@ -103,7 +105,9 @@ class _Scale:
         spread = self.high - self.low
         room = 0.04 * spread if spread else 0.5 if axis.base else abs(low) * 0.05 or 0.5
         self.low, self.high = self.low - room, self.high + room
-        if axis.base:
+        if axis.ticks:
+            self.ticks = list(axis.ticks)
+        elif axis.base:
             self.ticks = _log_ticks(axis.base, self.low, self.high)
         else:
             self.ticks = _even_ticks(self.low, self.high)

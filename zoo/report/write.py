@@ -67,7 +67,7 @@ def compose(entries: Sequence[Entry], runs: Sequence[Run], refused: Sequence[Ref
     findings = contents.short(entries)
     for what, axis, rows in (("Training", "T", train), ("Decoding", "context", decode)):
         if rows and (said := contents_speed.crossovers(rows, axis)):
-            findings.append(f"{what} speed, {said}.")
+            findings.append(f"{what} speed {said}.")
     first = entries[0].runs[0]
     about = f"{len(entries)} architecture{'s' if len(entries) > 1 else ''} at size {first.config.size.name} on " + \
         f"{first.data['name']}, {first.tokens:,} tokens each"
