@@ -125,6 +125,18 @@ def test_bf16_is_autocast(data: TokenData, model: LanguageModel) -> None:
     assert rounded.bits_per_byte == pytest.approx(exact.bits_per_byte, abs=0.02)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", zoo.list_models())
+def test_on_a_gpu_as_on_a_cpu(data: TokenData, name: str) -> None:
+    torch.manual_seed(1)
+    model = tiny(Case(name, ()), vocab_size=256, seq_len=64, scramble=True)
+    on_cpu = evaluate(model, data)
+    on_gpu, rounded = (evaluate(model.cuda(), data, bf16=bf16) for bf16 in (False, True))
+    assert on_gpu.bits_per_byte == pytest.approx(on_cpu.bits_per_byte, abs=1e-3)  # TF32 is allowed in its kernels
+    assert on_gpu.nats == pytest.approx(on_cpu.nats, abs=0.01)
+    assert rounded.bits_per_byte == pytest.approx(on_cpu.bits_per_byte, abs=0.02)
+
+
 def test_shares_add_up() -> None:
     torch.manual_seed(0)
     nats, targets = torch.rand(6, 5), torch.ones(6, 5, dtype=torch.int64)

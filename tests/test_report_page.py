@@ -74,6 +74,9 @@ def test_even_marks_are_round_and_few(low: float, high: float) -> None:
     (10, 900, 1_100_000, [1e3, 1e4, 1e5, 1e6]),
     (10, 2, 30, [2, 5, 10, 20]),
     (10, 1.9, 310, [3, 10, 30, 100, 300]),
+    (10, 7800, 12_600, [8000, 9000, 10_000, 11_000, 12_000]),
+    (2, 900, 1100, [1024]),
+    (2, 1100, 1300, [1100, 1150, 1200, 1250, 1300]),
 ])
 def test_log_marks(base: int, low: float, high: float, wanted: list[float]) -> None:
     from math import log

@@ -54,7 +54,7 @@ def short(entries: Sequence[Entry]) -> list[str]:
                     f"`{speeds[-1].label}` slowest ({count(speeds[-1].tokens_per_second)}), on {devices(entries)[0]}.")
         along, shown = COSTS["training seconds"]
         seconds, there = _at_the_least(entries, along)
-        if len(there) > 1:
+        if len(there) == len(entries):
             best_then = min(there, key=lambda label: there[label].mean)
             said.append(f"After {shown(seconds)} seconds of training, when the fastest was done, `{best_then}` was "
                         f"best: {bits(there[best_then].mean)} {BITS}.")
@@ -89,7 +89,7 @@ def ranking(entries: Sequence[Entry], colours: Colours) -> Section:
         f"test nothing. Without a model the validation text costs {bits(frequencies)} by its bytes' frequencies, "
         f"{bits(gzip)} by `gzip -9`.",
         Table(["#", "model", "validation", "test", against, "seeds", "learning rate", "parameters", "FLOPs/token",
-               "tokens/s", "peak memory"], rows, 2, [colours[entry.label] for entry in entries], 1),
+               "tokens/s", "memory"], rows, 2, [colours[entry.label] for entry in entries], 1),
         Chart("Validation: every seed a dot, a bar at the mean",
               dot_chart(dots, Axis(f"{BITS} (less is better)"), "validation by architecture")),
         f"FLOPs and tokens/s are of training, forward and backward, at T={length}; validation, samples and saves are "
@@ -109,12 +109,13 @@ def learning(entries: Sequence[Entry], colours: Colours) -> Section:
         cost, there = _at_the_least(entries, along)
         head.append(f"at {shown(cost)} {what.removeprefix('training ')}")
         for entry, row in zip(entries, cells, strict=True):
-            row.append(bits(there[entry.label].mean) if entry.label in there else "")
+            row.append(bits(there[entry.label].mean) if entry.label in there else "not yet")
     return Section("What learning costs", [
         *charts,
         "Lines are means over seeds, bands reach from the least to the greatest. At equal cost, which is what the one "
         f"that spent least had spent in all ({BITS}, between two validations interpolated; the others had a higher "
-        "learning rate then than at their end, and look worse than a run planned for that cost would):",
+        "learning rate then than at their end, and look worse than a run planned for that cost would; not yet: no "
+        "validation by then):",
         Table(head, cells, 1, [colours[entry.label] for entry in entries]), *([left_out] if left_out else [])])
 
 

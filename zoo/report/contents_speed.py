@@ -15,7 +15,6 @@ from zoo.training.progress import count
 Colours = Mapping[str, int]
 Who = tuple[str, str]
 STATES = tuple(2 ** power for power in range(7, 17))  # contexts of the state's table: 128 to 64k
-MIB = 2.0 ** 20
 
 
 def training(rows: Sequence[Row] | None, colours: Colours) -> Section:
@@ -60,7 +59,8 @@ def _charts(found: Mapping[Who, Curve], colours: Colours, title: str, unit: str,
     """A chart, or nothing where nothing was measured."""
     if not found:
         return []
-    series = [Series(side_name(who), [(x, y, f"{side_name(who)}: {shown(y)} {unit} at {axis}={context_of(x)}")
+    series = [Series(side_name(who), [(x, y, f"{side_name(who)}: {' '.join([shown(y), unit]).strip()} at {axis} = "
+                                                f"{context_of(x)}")
                                       for x, y in curve.items()], colours[who[0]] if who[1] == OURS else None)
               for who, curve in found.items()]
     label = {"T": "T, tokens of context in training", "context": "tokens read so far"}[axis]
@@ -91,8 +91,7 @@ def decoding(rows: Sequence[Row] | None, entries: Sequence[Entry], colours: Colo
 
 
 def _state_charts(found: Mapping[Who, Curve], colours: Colours, title: str = "State of one sequence") -> list[Block]:
-    return _charts({who: {x: size / MIB for x, size in curve.items()} for who, curve in found.items()}, colours, title,
-                   "MiB", lambda value: f"{value:.3g}", 10, "context")
+    return _charts(found, colours, title, "", memory, 2, "context")
 
 
 def _state_table(found: Mapping[Who, Curve], colours: Colours) -> Table:

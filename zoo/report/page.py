@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# Eight colours an architecture may have: found by a search for what is farthest apart for every kind of colour vision at
-# 3.6:1 or more against the ground. tests/test_report_page.py measures both.
+# Eight colours an architecture may have, found by a search for what is farthest apart for every kind of colour vision
+# at 3.6:1 or more against the ground. tests/test_report_page.py measures both.
 LIGHT = ("#0020c2", "#743211", "#009959", "#f20dcc", "#4c1f7a", "#857a00", "#124949", "#737f8c")
 DARK = ("#007fff", "#bb781b", "#00ad65", "#d043b9", "#c2a3ff", "#ffc414", "#00ebeb", "#7e8e95")
 GROUND = {"light": "#ffffff", "dark": "#14171a"}
@@ -19,7 +19,7 @@ STYLE = f"""
 @media (prefers-color-scheme: dark) {{ :root {{ --ground: {GROUND["dark"]}; --ink: #e6e9ec; --soft: #a0a9b2;
   --grid: #282e34; --line: #414a53; --raised: #1d2226; --peer: #8b959f; {_variables(DARK)} }} }}
 * {{ box-sizing: border-box; }}
-body {{ margin: 0 auto; max-width: 1240px; padding: 1.5rem 1rem 4rem; background: var(--ground); color: var(--ink);
+body {{ margin: 0 auto; max-width: 1280px; padding: 1.5rem 1rem 4rem; background: var(--ground); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }}
 h1 {{ font-size: 1.7rem; line-height: 1.2; margin: 0 0 1rem; }}
 h2 {{ font-size: 1.2rem; margin: 2.5rem 0 .6rem; padding-top: .8rem; border-top: 1px solid var(--grid); }}
@@ -44,7 +44,7 @@ figcaption {{ font-weight: 600; font-size: .95rem; margin-bottom: .2rem; }}
 .range {{ stroke: var(--c); stroke-width: 2; opacity: .5; }}
 .mean {{ stroke: var(--c); stroke-width: 2; }}
 .table {{ overflow-x: auto; margin: .8rem 0; }}
-table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }}
+table {{ border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .35rem .55rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--grid); }}
 th {{ color: var(--soft); font-weight: 600; vertical-align: bottom; }}
 td {{ white-space: nowrap; }}

@@ -12,7 +12,7 @@ from html import escape
 from itertools import pairwise
 
 WIDTH, HEIGHT = 460, 300
-LEFT, RIGHT, TOP, BOTTOM = 44, 112, 26, 40  # margins: values at the left, names at the right, the unit on top
+LEFT, RIGHT, TOP, BOTTOM = 50, 110, 26, 40  # margins: values at the left, names at the right, the unit on top
 LINE = 14  # height of a name
 COLOURS = 8  # an architecture's number modulo this is its colour; from this number on lines are dashed
 
@@ -140,12 +140,14 @@ def _even_ticks(low: float, high: float) -> list[float]:
 
 def _log_ticks(base: int, low: float, high: float) -> list[float]:
     """Powers of the base, every other one where there are many; of ten, also 2 and 5 or 3 times those where there are
-    few."""
+    few; even ones where the axis is too short for those."""
     first, last = (math.floor(bound / math.log(base)) for bound in (low, high))
     powers = [float(base) ** power for power in range(first, last + 2)]
     tries = [[tick * by for tick in powers for by in steps if low <= math.log(tick * by) <= high]
              for steps in ((1, 2, 5), (1, 3), (1,)) if base == 10 or steps == (1,)]
     inside = next((ticks for ticks in tries if len(ticks) <= 6), tries[-1])
+    if len(inside) < (3 if base == 10 else 1):
+        return [tick for tick in _even_ticks(math.exp(low), math.exp(high)) if tick > 0]
     return inside[::-(-len(inside) // 7)] if len(inside) > 7 else inside
 
 
