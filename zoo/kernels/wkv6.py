@@ -19,12 +19,12 @@ with one end outside, or in the other half, running sums of r dr or k dk (of the
 inside a block that was not halved, the difference of two such sums, from which neighbours (s = t - 1, no decay between)
 are left out: what does not belong to the result would drown a small one.
 
-Sums over tokens are products with masks of 0 and 1: tensor cores do them, with no shuffles or barriers.
+Sums over tokens are products with masks of 0 and 1, which tensor cores do with fewer barriers than a scan has.
 
-Tokens after t change y_t by no bit, but for their decays: those of its block choose the reference, hence the rounding.
+Tokens after t change y_t by no bit, but for their decays: those of its chunk choose the reference, hence the rounding.
 
-A state is held as [V, K], and what is needed both ways round is computed both ways: so the transpose of a product's
-result is never an operand.
+A state is held as [V, K], and dA is computed both ways round, as the transpose of a product's result is no safe operand
+on Hopper. That of factors whose exponents are one is taken, in tiles of 16 or 32 rows, too few for wgmma.
 """
 
 from __future__ import annotations
