@@ -87,6 +87,18 @@ def test_extreme_biases() -> None:
             torch.testing.assert_close(x.double(), expected[key], atol=1e-4, rtol=1e-4, msg=f"{key} at {value}")
 
 
+@interpreted
+def test_gradients_of_a_row_add_up_in_bf16() -> None:
+    """What an offset of all biases of a head gets is what is left when a row's dS cancel: rounding may not decide it."""
+    given = {key: x.bfloat16() for key, x in inputs(100, 20).items()}
+    with use_backend("eager"):
+        exact = outputs_and_gradients(op, {key: x.double() for key, x in given.items()})["dbias"].sum(1)
+        theirs = outputs_and_gradients(op, given)["dbias"].double().sum(1)
+    found = ours(given, torch.bfloat16)["dbias"].double().sum(1)
+    allowed = 3 * kernel_cases.relative_error(theirs, exact)
+    assert kernel_cases.relative_error(found, exact) < allowed
+
+
 @pytest.mark.parametrize("lengths", [[5, 0, 17, 1], [0, 20, 0], [70, 3, 33]])
 def test_documents_do_not_touch(lengths: list[int]) -> None:
     given = inputs(sum(lengths), 3, batch=1, outlier=40)
@@ -233,5 +245,5 @@ def builds() -> None:
             for batch, length in ((32, 1024), (1, 32768)):
                 q, v, dy = (torch.zeros(batch, length, 8, 64, dtype=dtype) for _ in range(3))
                 k, bias = torch.zeros(batch, length, 8, dtype=dtype), torch.zeros(8, 32)
-                y, lse = aft_conv.forward(q, k, v, bias, None)
-                aft_conv_backward.backward(q, k, v, bias, y, dy, lse, None)
+                _, lse = aft_conv.forward(q, k, v, bias, None)
+                aft_conv_backward.backward(q, k, v, bias, dy, lse, None)

@@ -7,7 +7,7 @@ rows meet the keys of their own chunk and of the one before, where all biases ar
 all that is older is one more key, the sums (max, num, den) that a program carries along its row. Every exponent is
 taken relative to the row's largest score.
 
-Kept for the backward pass (zoo/kernels/aft_conv_backward.py), beside the inputs and y: the log of the row's sum of
+Kept for the backward pass (zoo/kernels/aft_conv_backward.py), beside the inputs: the log of the row's sum of
 weights, float32 [2, B, T, H]: the largest key, and how far above that it is, as a power of two; one number would have
 the key's rounding. Rows too few for the GPU are cut into segments, as in zoo/kernels/aft_simple.py: what `summary` sums
 of a segment begins a chunk early and ends a chunk early, since the chunk before is no part of the past.
@@ -86,9 +86,11 @@ def tile(table, i_h, i_before, BT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "L", "pieces", "documents", "segments", "plane"])
-def forward_kernel(q, k, v, table, y, lse, starts, cu_seqlens, T, H, K, L, pieces, documents, segments, plane,
-                   q_t, q_h, k_t, v_t, v_h, BT: tl.constexpr, BV: tl.constexpr,
-                   STAGES: tl.constexpr, PRECISION: tl.constexpr):
+def forward_kernel(q, k, v, table, y, lse, dy, dq, g, delta, starts, cu_seqlens, T, H, K, L, pieces, documents,
+                   segments, plane, q_t, q_h, k_t, v_t, v_h, dy_t, dy_h, BT: tl.constexpr, BV: tl.constexpr,
+                   STAGES: tl.constexpr, PRECISION: tl.constexpr, GRADIENTS: tl.constexpr, SPLIT: tl.constexpr):
+    """y and lse; or with GRADIENTS dq, g and delta, the mean found again more precisely (SPLIT: weights as a sum of
+    two numbers of v's type). A program for some values of a head has a share of delta."""
     i_v, i_h = tl.program_id(0) % tl.cdiv(K, BV), tl.program_id(0) // tl.cdiv(K, BV) % H
     i_s = tl.program_id(0) // (tl.cdiv(K, BV) * H)
     i_b, first, length, _, piece, _ = place(i_s, T, L, pieces, cu_seqlens, documents, BT)
@@ -100,8 +102,8 @@ def forward_kernel(q, k, v, table, y, lse, starts, cu_seqlens, T, H, K, L, piece
     p_q = q + (i_b * T + first) * q_t + i_h * q_h + o_v[None, :]
     p_k = k + (i_b * T + first) * k_t + i_h
     p_v = v + (i_b * T + first) * v_t + i_h * v_h + o_v[None, :]
-    p_y = y + ((i_b * T + first) * H + i_h) * K + o_v[None, :]
-    p_l = lse + (i_b * T + first) * H + i_h
+    own = (i_b * T + first) * H + i_h
+    at = own * K + o_v[None, :]
     if starts is not None:
         slots = tl.cast(segments, tl.int64) * H * K
         p_s = starts + (tl.cast(i_s, tl.int64) * H + i_h) * K
@@ -128,13 +130,28 @@ def forward_kernel(q, k, v, table, y, lse, starts, cu_seqlens, T, H, K, L, piece
         top = tl.maximum(tl.maximum(tl.max(near, 1), tl.max(before, 1)), far)
         near, before, far = exp2(near - top[:, None]), exp2(before - top[:, None]), exp2(far - top)
         b_d = tl.sum(near, 1) + tl.sum(before, 1) + far * c_d
-        b_n = dot(near.to(v.dtype.element_ty), b_v, far[:, None] * c_n[None, :], PRECISION)
+        b_n = far[:, None] * c_n[None, :]
+        if SPLIT:
+            b_n = dot((near - near.to(v.dtype.element_ty).to(tl.float32)).to(v.dtype.element_ty), b_v, b_n, PRECISION)
+            rest = (before - before.to(v.dtype.element_ty).to(tl.float32)).to(v.dtype.element_ty)
+            b_n = dot(rest, b_v_old, b_n, PRECISION)
+        b_n = dot(near.to(v.dtype.element_ty), b_v, b_n, PRECISION)
         b_n = dot(before.to(v.dtype.element_ty), b_v_old, b_n, PRECISION)
-        b_y = b_n / b_d[:, None] * tl.sigmoid(b_q)
-        tl.store(p_y + wide[:, None] * (H * K), b_y.to(y.dtype.element_ty), mask=m_t[:, None] & m_v)
-        if i_v == 0:
-            tl.store(p_l + wide * H, largest, mask=m_t)
-            tl.store(p_l + plane + wide * H, top + tl.log2(b_d), mask=m_t)
+        mean, gate, there = b_n / b_d[:, None], tl.sigmoid(b_q), wide[:, None] * (H * K)
+        if GRADIENTS:
+            b_dy = tl.load(dy + (i_b * T + first) * dy_t + i_h * dy_h + o_v[None, :] + wide[:, None] * dy_t,
+                           mask=m_t[:, None] & m_v, other=0).to(tl.float32)
+            b_g = (b_dy * gate).to(g.dtype.element_ty)
+            tl.store(g + at + there, b_g, mask=m_t[:, None] & m_v)
+            tl.store(dq + at + there, (b_dy * mean * gate * (1 - gate)).to(dq.dtype.element_ty),
+                     mask=m_t[:, None] & m_v)
+            b_delta = tl.sum(tl.where(m_v, b_g.to(tl.float32) * mean, 0.0), 1)
+            tl.store(delta + i_v * plane + own + wide * H, b_delta, mask=m_t)
+        else:
+            tl.store(y + at + there, (mean * gate).to(y.dtype.element_ty), mask=m_t[:, None] & m_v)
+            if i_v == 0:
+                tl.store(lse + own + wide * H, largest, mask=m_t)
+                tl.store(lse + plane + own + wide * H, top + tl.log2(b_d), mask=m_t)
         c_m, c_n, c_d = absorb(c_m, c_n, c_d, b_old, b_v_old, m_old)
 
 
@@ -197,28 +214,42 @@ def in_rows(x: Tensor) -> Tensor:
     return x if rows and (x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()
 
 
+def starts_of(k: Tensor, v: Tensor, planned: Plan, each: Sizes, cu_seqlens: Tensor | None) -> Tensor | None:
+    """Sums before every segment, None where no row has several."""
+    _, length, heads, width = v.shape
+    if cu_seqlens is None and length <= planned.L:  # for documents always, as in AFT-simple
+        return None
+    starts = v.new_empty((3, planned.segments, heads * width), dtype=torch.float32)
+    sums = torch.empty_like(starts)
+    summary_kernel[(planned.segments * heads * triton.cdiv(width, each.BV),)](
+        k, v, sums, cu_seqlens, length, heads, width, planned.L, planned.pieces, planned.rows, planned.segments,
+        k.stride(1), *v.stride()[1:3], BT=each.BT, BV=each.BV, STAGES=2, num_warps=4)
+    channels = 16 if INTERPRETED else 32
+    chain_kernel[(planned.rows * triton.cdiv(heads * width, channels),)](
+        sums, starts, None, None, None, cu_seqlens, length, heads * width, planned.L, planned.pieces, planned.segments,
+        BP=PIECES, BC=channels, num_warps=4)
+    return starts
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """q, v [B, T, H, K], k [B, T, H], bias [H, W] -> y [B, T, H, K], lse [2, B, T, H]."""
     q, k, v, bias = in_rows(q), in_rows(k), in_rows(v), bias.contiguous()
     planned, each = plan(v, bias, cu_seqlens), sizes(v, bias)
-    _, length, heads, width = v.shape
     y, lse = q.new_empty(q.shape), k.new_empty((2, *k.shape), dtype=torch.float32)
-    if not v.numel():
-        return y, lse
-    grid = (planned.segments * heads * triton.cdiv(width, each.BV),)
-    strides = k.stride(1), *v.stride()[1:3]
-    starts = None
-    if cu_seqlens is not None or length > planned.L:  # as in AFT-simple
-        starts = lse.new_empty((3, planned.segments, heads * width))
-        sums = torch.empty_like(starts)
-        summary_kernel[grid](k, v, sums, cu_seqlens, length, heads, width, planned.L, planned.pieces, planned.rows,
-                             planned.segments, *strides, BT=each.BT, BV=each.BV, STAGES=2, num_warps=4)
-        channels = 16 if INTERPRETED else 32
-        chain_kernel[(planned.rows * triton.cdiv(heads * width, channels),)](
-            sums, starts, None, None, None, cu_seqlens, length, heads * width, planned.L, planned.pieces,
-            planned.segments, BP=PIECES, BC=channels, num_warps=4)
-    forward_kernel[grid](q, k, v, make_table(bias, each.BT, False), y, lse, starts, cu_seqlens, length, heads, width,
-                         planned.L, planned.pieces, planned.rows, planned.segments, lse.stride(0), *q.stride()[1:3],
-                         *strides, BT=each.BT, BV=each.BV, STAGES=each.forward[1],
-                         PRECISION="ieee", num_warps=each.forward[0])
+    if v.numel():
+        walk(q, k, v, make_table(bias, each.BT, False), planned, each, cu_seqlens, y=y, lse=lse)
     return y, lse
+
+
+def walk(q: Tensor, k: Tensor, v: Tensor, table: Tensor, planned: Plan, each: Sizes, cu_seqlens: Tensor | None, *,
+         y: Tensor | None = None, lse: Tensor | None = None, dy: Tensor | None = None, dq: Tensor | None = None,
+         g: Tensor | None = None, delta: Tensor | None = None) -> None:
+    """`forward_kernel` into y and lse, or from dy into dq, g and delta."""
+    _, length, heads, width = v.shape
+    grid = (planned.segments * heads * triton.cdiv(width, each.BV),)
+    forward_kernel[grid](
+        q, k, v, table, y, lse, dy, dq, g, delta, starts_of(k, v, planned, each, cu_seqlens), cu_seqlens, length, heads,
+        width, planned.L, planned.pieces, planned.rows, planned.segments, k.numel(), *q.stride()[1:3], k.stride(1),
+        *v.stride()[1:3], *(dy if dy is not None else q).stride()[1:3], BT=each.BT, BV=each.BV, STAGES=each.forward[1],
+        PRECISION="ieee", GRADIENTS=dy is not None, SPLIT=dy is not None and v.element_size() == 2,
+        num_warps=each.forward[0])

@@ -1,11 +1,13 @@
 """Backward of AFT-conv; names, chunks and segments as in zoo/kernels/aft_conv.py.
 
-With g_t = dy_t sigmoid(q_t), delta_t = y_t . dy_t and p_ts = exp(k_s + w_{t-s} - lse_t),
+With g_t = dy_t sigmoid(q_t), delta_t = g_t . mean_t and p_ts = exp(k_s + w_{t-s} - lse_t),
 
-    dq_t = dy_t y_t (1 - sigmoid(q_t)),   dv_s = sum_{t>=s} p_ts g_t,   dS_ts = p_ts (v_s . g_t - delta_t),
+    dq_t = g_t mean_t (1 - sigmoid(q_t)),   dv_s = sum_{t>=s} p_ts g_t,   dS_ts = p_ts (v_s . g_t - delta_t),
 
-dk_s the sum of dS_ts over t, dw_d that over all t - s = d. `rows` makes dq, g and delta; then a program walks back
-along its row. A chunk's keys meet the
+dk_s the sum of dS_ts over t, dw_d that over all t - s = d. Over all s the dS_ts of a row add up to 0, and over the keys
+within the window to what is left of that: delta must be that of the very g and p which are used here, or the rounding
+of y and g shows in dw. So the forward kernel first walks again, for dq, g as it is stored, and delta of that; then a
+program walks back along its row. A chunk's keys meet the
 rows of their own chunk and of the next one in four small products; rows further on have left two sums, of g and delta
 as multiples of exp(-e), e the least of their lse, which no key before them exceeds: every exponent is <= 0.
 
@@ -21,29 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._common import INTERPRETED, LOG2E, dot, power_of_two
-from zoo.kernels.aft_conv import LN2, in_rows, keys, make_table, plan, sizes, tile
+from zoo.kernels._common import INTERPRETED, LOG2E, dot
+from zoo.kernels.aft_conv import LN2, in_rows, keys, make_table, plan, sizes, tile, walk
 from zoo.kernels.aft_simple import PIECES
 from zoo.kernels.aft_sums import exp2, join, joined_before, place, row_slots
 
 LAST = tl.constexpr(1e30)  # lse of a row that is not there
-
-
-@triton.jit(do_not_specialize=["rows"])
-def rows_kernel(q, y, dy, dq, g, delta, H, K, rows, q_t, q_h, dy_t, dy_h, BR: tl.constexpr,
-                BK: tl.constexpr):
-    """dq, g and delta, for BR heads of tokens."""
-    row = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)
-    o_k = tl.arange(0, BK)[None, :]
-    i_h = row % H
-    mask = (row < rows)[:, None] & (o_k < K)
-    b_q = tl.load(q + (row // H * q_t + i_h * q_h)[:, None] + o_k, mask=mask, other=0).to(tl.float32)
-    b_dy = tl.load(dy + (row // H * dy_t + i_h * dy_h)[:, None] + o_k, mask=mask, other=0).to(tl.float32)
-    b_y = tl.load(y + row[:, None] * K + o_k, mask=mask, other=0).to(tl.float32)
-    gate = tl.sigmoid(b_q)
-    tl.store(dq + row[:, None] * K + o_k, (b_dy * b_y * (1 - gate)).to(dq.dtype.element_ty), mask=mask)
-    tl.store(g + row[:, None] * K + o_k, (b_dy * gate).to(g.dtype.element_ty), mask=mask)
-    tl.store(delta + row, tl.sum(b_dy * b_y, 1), mask=row < rows)
 
 
 @triton.jit
@@ -68,7 +53,7 @@ def backward_kernel(k, v, table, g, delta, lse, dk, dv, tiles, ends, cu_seqlens,
     p_k = k + (i_b * T + first) * k_t + i_h
     p_v = v + (i_b * T + first) * v_t + i_h * v_h + o_v[None, :]
     p_g, p_dv = g + own * K + o_v[None, :], dv + own * K + o_v[None, :]
-    p_l, p_d, p_dk = lse + own, delta + own, dk + tl.cast(i_v, tl.int64) * dk_v + own
+    p_l, p_d, p_dk = lse + own, delta + i_v * plane + own, dk + tl.cast(i_v, tl.int64) * dk_v + own
     if ends is None:
         c_e = tl.cast(LAST, tl.float32)
         c_a = tl.zeros([BV], tl.float32)
@@ -94,8 +79,8 @@ def backward_kernel(k, v, table, g, delta, lse, dk, dv, tiles, ends, cu_seqlens,
         b_r = tl.load(p_l + plane + row * H, mask=m_t, other=0)
         l_next = tl.load(p_l + after * H, mask=m_next, other=LAST)
         r_next = tl.load(p_l + plane + after * H, mask=m_next, other=0)
-        b_d = tl.load(p_d + row * H, mask=m_t & (i_v == 0), other=0)  # once for all programs of a head
-        d_next = tl.load(p_d + after * H, mask=m_next & (i_v == 0), other=0)
+        b_d = tl.load(p_d + row * H, mask=m_t, other=0)
+        d_next = tl.load(p_d + after * H, mask=m_next, other=0)
         f = exp2((b_k - c_e) * LOG2E)
         w = tile(table, i_h, 0, BT)  # keys down, rows across
         p = exp2((b_k[:, None] - b_l[None, :]) * LOG2E + (w - b_r[None, :]))
@@ -140,7 +125,7 @@ def summary_kernel(g, delta, lse, sums, cu_seqlens, T, H, K, L, pieces, document
         b_g = tl.load(g + at[:, None] * K + o_v[None, :], mask=m_t[:, None] & (o_v < K)[None, :], other=0)
         b_l = tl.load(lse + at, mask=m_t, other=LAST)
         b_r = tl.load(lse + plane + at, mask=m_t, other=0)
-        b_d = tl.load(delta + at, mask=m_t & (i_v == 0), other=0)
+        b_d = tl.load(delta + i_v * plane + at, mask=m_t, other=0)
         c_e, c_a, c_b = absorb_rows(c_e, c_a, c_b, b_l, b_r, b_g, b_d)
     slots = tl.cast(segments, tl.int64) * H * K
     p_s = sums + (tl.cast(i_s, tl.int64) * H + i_h) * K + o_v
@@ -193,7 +178,7 @@ def bias_kernel(tiles, dbias, H, W, programs, blocks, BT: tl.constexpr, BP: tl.c
     tl.store(dbias + tl.program_id(0), tl.sum(tl.sum(total, 1), 0).to(dbias.dtype.element_ty))
 
 
-def backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, y: Tensor, dy: Tensor, lse: Tensor,
+def backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dy: Tensor, lse: Tensor,
              cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> dq, dk, dv, dbias, each as its input."""
     q, k, v, dy, bias = in_rows(q), in_rows(k), in_rows(v), in_rows(dy), bias.contiguous()
@@ -205,13 +190,9 @@ def backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, y: Tensor, dy: Tenso
     blocks = triton.cdiv(width, each.BV)
     grid = (planned.segments * heads * blocks,)
     shape = length, heads, width
-    cuts = planned.L, planned.pieces, planned.rows, planned.segments, lse.stride(0)
-    g, delta = v.new_empty(v.shape), torch.empty_like(lse[0])
-    wide = power_of_two(width)
-    several = max(1, 2048 // wide)
-    rows_kernel[(triton.cdiv(delta.numel(), several),)](
-        q, y, dy, dq, g, delta, heads, width, delta.numel(), *q.stride()[1:3], *dy.stride()[1:3], BR=several, BK=wide,
-        num_warps=4)
+    cuts = planned.L, planned.pieces, planned.rows, planned.segments, k.numel()
+    g, delta = v.new_empty(v.shape), lse.new_empty((blocks, *k.shape))
+    walk(q, k, v, make_table(bias, each.BT, False), planned, each, cu_seqlens, dy=dy, dq=dq, g=g, delta=delta)
     dk = k.new_empty((blocks, *k.shape), dtype=k.dtype if blocks == 1 else torch.float32)
     tiles = lse.new_empty((grid[0], 2, each.BT, each.BT))
     dbias = bias.new_empty(bias.shape)

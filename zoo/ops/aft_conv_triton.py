@@ -37,29 +37,29 @@ def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, cu_seqlens: Tensor | None) 
 
 
 @torch.library.custom_op("zoo::aft_conv_backward", mutates_args=())
-def _conv_backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, y: Tensor, dy: Tensor, lse: Tensor,
+def _conv_backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dy: Tensor, lse: Tensor,
                    cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from zoo.kernels import aft_conv_backward
 
-    return aft_conv_backward.backward(q, k, v, bias, y, dy, lse, cu_seqlens)
+    return aft_conv_backward.backward(q, k, v, bias, dy, lse, cu_seqlens)
 
 
 @_conv_backward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, y: Tensor, dy: Tensor, lse: Tensor,
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dy: Tensor, lse: Tensor,
       cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias.new_empty(bias.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
+    ctx.save_for_backward(*inputs, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _vjp(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 5
-    q, k, v, bias, cu_seqlens, y, lse = ctx.saved_tensors
-    return *_conv_backward(q, k, v, bias, y, dy, lse, cu_seqlens), None
+    q, k, v, bias, cu_seqlens, lse = ctx.saved_tensors
+    return *_conv_backward(q, k, v, bias, dy, lse, cu_seqlens), None
 
 
 _conv.register_autograd(_vjp, setup_context=_setup)
@@ -94,7 +94,7 @@ def _self_test(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...])
         exact = aft.aft_conv(leaves[0], leaves[1], leaves[2], leaves[3])
     gradients = torch.autograd.grad(exact, leaves, dy.double())
     y, lse = _conv(q, k, v, bias, None)
-    ours = [y, *_conv_backward(q, k, v, bias, y, dy, lse, None)]
+    ours = [y, *_conv_backward(q, k, v, bias, dy, lse, None)]
     errors = [(x.double() - e).norm() / e.norm() for x, e in zip(ours, [exact.detach(), *gradients], strict=True)]
     worst = torch.stack(errors).max().item()  # NaN where one is
     return worst / (1e-4 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps)
