@@ -28,10 +28,13 @@ from zoo.kernels.attention import (
 
 
 @triton.jit
-def rows_gradient(b_dq, b_q, b_dy, b_lse, b_delta, d_k, d_v, i_b, i_h, start, p_k, p_v, stride_k, stride_v, first, last,
-                  o_low, o_high, scale, K: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr,
-                  DESCRIBED: tl.constexpr, PRECISION: tl.constexpr):
-    """dq / scale of rows over the keys first .. last - 1, as `attend` goes over them."""
+def rows_gradient(b_dq, b_rest, b_pk, b_q, b_dy, b_lse, b_delta, d_k, d_v, i_b, i_h, start, p_k, p_v, stride_k,
+                  stride_v, first, last, o_low, o_high, scale, K: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
+                  MASKED: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr):
+    """dq / scale of rows over the keys first .. last - 1, as `attend` goes over them; in float32 sums of ds and p k.
+
+    Over all keys ds sums up to 0, but for roundings: D is dy . y, and not a sum of the p that are computed here.
+    """
     for i_s in range(first, last, BS):
         o_s = i_s + tl.arange(0, BS)
         b_k = fetch(d_k, i_b, start, i_h, p_k, i_s, stride_k, last, BS, K, BK, MASKED, DESCRIBED)
@@ -45,7 +48,10 @@ def rows_gradient(b_dq, b_q, b_dy, b_lse, b_delta, d_k, d_v, i_b, i_h, start, p_
         b_p = tl.exp2(b_s)
         b_ds = b_p * (b_dp - b_delta[:, None])
         b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq, PRECISION)
-    return b_dq
+        if PRECISION == "ieee":
+            b_rest += tl.sum(b_ds, 1)
+            b_pk = dot(b_p, b_k, b_pk, PRECISION)
+    return b_dq, b_rest, b_pk
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -72,16 +78,17 @@ def dq_kernel(
     b_y = tile(p_y + i_b * y_b + start * y_t + i_h * y_h, a, y_t, length, BT, K, BK, True)
     b_delta = tl.sum(b_dy.to(tl.float32) * b_y.to(tl.float32), 1)
     o_row = line(i_head, T) + start + o_t
-    tl.store(p_delta + o_row, b_delta, mask=o_t < length)
     b_lse = tl.load(p_lse + o_row, mask=o_t < length, other=float("inf"))  # exp2(s - inf) = 0: such rows are inert
     b_q = tile(p_q + i_b * q_b + start * q_t + i_h * q_h, a, q_t, length, BT, K, BK, True)
     b_dq = tl.zeros([BT, BK], tl.float32)
+    b_rest, b_pk = tl.zeros([BT], tl.float32), tl.zeros([BT, BK], tl.float32)
     last = tl.minimum(a + BT, length)
     if C == 0:
         full = a // BS * BS
         o_low = tl.zeros([BT], tl.int32)
-        b_dq = rows_gradient(b_dq, b_q, b_dy, b_lse, b_delta, d_k, d_v, i_b, i_g, start, p_k, p_v, k_t, v_t, 0, full,
-                             o_low, o_t + 1, exponent_scale, K, BS, BK, False, DESCRIBED, PRECISION)
+        b_dq, b_rest, b_pk = rows_gradient(b_dq, b_rest, b_pk, b_q, b_dy, b_lse, b_delta, d_k, d_v, i_b, i_g, start,
+                                           p_k, p_v, k_t, v_t, 0, full, o_low, o_t + 1, exponent_scale, K, BS, BK,
+                                           False, DESCRIBED, PRECISION)
     else:
         full = a // C * C
         o_low = o_t // C * C
@@ -93,13 +100,19 @@ def dq_kernel(
             p_vs += i_s * vs_t
         p_ks += i_b * ks_b + i_h * ks_h
         p_vs += i_b * vs_b + i_h * vs_h
-        b_dq = rows_gradient(b_dq, b_q, b_dy, b_lse, b_delta, d_ks, d_vs, i_b, i_h, i_s, p_ks, p_vs, ks_t, vs_t, 0,
-                             past, o_low, o_t, exponent_scale, K, BS, BK, False, DESCRIBED, PRECISION)
-        b_dq = rows_gradient(b_dq, b_q, b_dy, b_lse, b_delta, d_ks, d_vs, i_b, i_h, i_s, p_ks, p_vs, ks_t, vs_t, past,
-                             (last - 1) // C * R, o_t * 0, o_low // C * R, exponent_scale, K, BS, BK, True, BOUNDED,
-                             PRECISION)
-    b_dq = rows_gradient(b_dq, b_q, b_dy, b_lse, b_delta, d_k, d_v, i_b, i_g, start, p_k, p_v, k_t, v_t, full, last,
-                         o_low, o_t + 1, exponent_scale, K, BS, BK, True, BOUNDED, PRECISION)
+        b_dq, b_rest, b_pk = rows_gradient(b_dq, b_rest, b_pk, b_q, b_dy, b_lse, b_delta, d_ks, d_vs, i_b, i_h, i_s,
+                                           p_ks, p_vs, ks_t, vs_t, 0, past, o_low, o_t, exponent_scale, K, BS, BK,
+                                           False, DESCRIBED, PRECISION)
+        b_dq, b_rest, b_pk = rows_gradient(b_dq, b_rest, b_pk, b_q, b_dy, b_lse, b_delta, d_ks, d_vs, i_b, i_h, i_s,
+                                           p_ks, p_vs, ks_t, vs_t, past, (last - 1) // C * R, o_t * 0,
+                                           o_low // C * R, exponent_scale, K, BS, BK, True, BOUNDED, PRECISION)
+    b_dq, b_rest, b_pk = rows_gradient(b_dq, b_rest, b_pk, b_q, b_dy, b_lse, b_delta, d_k, d_v, i_b, i_g, start, p_k,
+                                       p_v, k_t, v_t, full, last, o_low, o_t + 1, exponent_scale, K, BS, BK, True,
+                                       BOUNDED, PRECISION)
+    if PRECISION == "ieee":  # as if D had been the sum of the p that were computed here
+        b_dq -= b_rest[:, None] * b_pk
+        b_delta += b_rest
+    tl.store(p_delta + o_row, b_delta, mask=o_t < length)
     put(p_dq + i_b * dq_b + start * dq_t + i_h * dq_h, b_dq * scale, a, dq_t, length, K)
 
 
