@@ -89,7 +89,7 @@ def test_extreme_biases() -> None:
 
 @interpreted
 def test_gradients_of_a_row_add_up_in_bf16() -> None:
-    """What an offset of all biases of a head gets is what is left when a row's dS cancel: rounding may not decide it."""
+    """What an offset of a head's biases gets is what is left when a row's dS cancel: rounding may not decide it."""
     given = {key: x.bfloat16() for key, x in inputs(100, 20).items()}
     with use_backend("eager"):
         exact = outputs_and_gradients(op, {key: x.double() for key, x in given.items()})["dbias"].sum(1)
