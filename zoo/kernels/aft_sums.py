@@ -17,6 +17,7 @@ from zoo.kernels._common import INTERPRETED, LOG2E
 
 EMPTY = tl.constexpr(-1e30)  # the key of a token that is not there, where a maximum is taken
 SHORTEST = 8  # chunks of a segment, at the least
+TOGETHER = tl.constexpr(16 if INTERPRETED else 128)  # documents that are looked at together
 
 
 class Plan(NamedTuple):
@@ -53,8 +54,8 @@ def place(i_s, T, L, pieces, cu_seqlens, documents, BT: tl.constexpr):
     """
     if cu_seqlens is not None:
         i_n = -1
-        for i in range(0, documents, 128):
-            o_n = i + tl.arange(0, 128)
+        for i in range(0, documents, TOGETHER):
+            o_n = i + tl.arange(0, TOGETHER)
             starts = tl.load(cu_seqlens + o_n, mask=o_n < documents, other=0).to(tl.int64)
             i_n += tl.sum(((starts // L + o_n <= i_s) & (o_n < documents)).to(tl.int32), 0)
         start = tl.load(cu_seqlens + i_n).to(tl.int64)
