@@ -55,10 +55,21 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], N
         for _ in range(2):
             call()
     torch.cuda.current_stream(device).wait_stream(aside)
+    _refuse_waiting(call)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=aside):
         call()
     return graph.replay
+
+
+def _refuse_waiting(call: Callable[[], object]) -> None:
+    """Raise where `call` waits for the device, before a capture does: one that fails keeps its memory for good."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def interleave(sides: Mapping[str, Callable[[], object]], *, device: torch.device, budget: float = 60.0,
