@@ -42,15 +42,19 @@ def job(composed: DictConfig) -> dict[str, Any]:
     """One run: the only one, or one of a sweep's."""
     with contextlib.redirect_stderr(getattr(sys.stderr, "behind", sys.stderr)):
         config: Any = OmegaConf.to_container(composed, resolve=True)
+        config.pop("rates", None)  # a table to look optim.lr up in, which it has been
         context = HydraConfig.get()
         if context.mode == RunMode.MULTIRUN:
-            from zoo.training.sweep import job_folder
+            from zoo.training.sweep import finished, job_folder
 
             swept = config.pop("swept", [])
             config["out"] = job_folder(config["out"] or context.sweep.dir, list(context.overrides.task), swept)
-        from zoo.training.run import train  # PyTorch and Lightning: seconds that a wrong option need not cost
-
         try:
+            if context.mode == RunMode.MULTIRUN and (result := finished(config)) is not None:
+                print(f"finished before: {config['out']}", flush=True)
+                return result
+            from zoo.training.run import train  # Lightning: seconds that a wrong option need not cost
+
             return train(config)
         except ZooError as error:
             if context.mode == RunMode.MULTIRUN:  # the other jobs go on; `main` sees the first error when all are done

@@ -10,11 +10,14 @@ from types import ModuleType
 
 import hydra
 import pytest
-from training_runs import ROOT, words, write_corpus
+from omegaconf import OmegaConf
+from training_runs import ROOT, config, train, words, write_corpus
 from training_runs import command as start
 
 import zoo
+from zoo.errors import ZooError
 from zoo.training.loggers import read_rows
+from zoo.training.sweep import finished
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,83 @@ def test_a_sweep_with_a_job_that_fails(command: ModuleType, corpus: Path, tmp_pa
     assert sorted(path.parent for path in tmp_path.glob("runs/sweep/*/config.json")) == folders
     for folder in folders:
         assert [row["step"] for row in read_rows(folder / "metrics.csv")] == ["1", "2", "3", "4"]
+
+
+def test_a_sweep_passes_over_what_is_finished(command: ModuleType, corpus: Path, tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    """With neither weights nor checkpoints left, without reading the text; what is not finished goes on."""
+    monkeypatch.chdir(tmp_path)
+    base = [word for word in words(corpus, None, steps=2, sample_tokens=0) if not word.startswith("seed=")]
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", *base, "seed=1,2", "resume=auto"])
+    hydra.core.global_hydra.GlobalHydra.instance().clear()
+    assert command.main() == 0
+    one, two = sorted(path.parent for path in tmp_path.glob("runs/sweep/*/config.json"))
+    (one / "model" / "model.safetensors").unlink()
+    for path in (one / "checkpoints").iterdir():
+        path.unlink()
+    (two / "model" / "card.json").unlink()
+    before = (one / "run.json").read_bytes()
+    capsys.readouterr()
+    hydra.core.global_hydra.GlobalHydra.instance().clear()
+    assert command.main() == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("finished before")] == [
+        f"finished before: {one.relative_to(tmp_path)}"]
+    assert (one / "run.json").read_bytes() == before
+    assert (two / "model" / "card.json").is_file()
+
+
+def test_a_finished_job_is_known_by_its_whole_configuration(corpus: Path, tmp_path: Path) -> None:
+    given = config(corpus, tmp_path / "run", steps=2, sample_tokens=0, resume="auto")
+    assert finished(given) is None
+    result = train(given)
+    passed = finished(given)
+    assert passed is not None
+    assert passed == {key: result[key] for key in passed} | {"seconds": round(result["seconds"], 3)}
+    assert finished(given | {"steps": 3}) is None
+    assert finished(given | {"resume": None}) is None
+    assert finished(given | {"data": given["data"] | {"test_fraction": 0.1}}) is None
+    with pytest.raises(ZooError, match=r"dropout is 0\.1 there and 0\.2 here"):
+        finished(given | {"dropout": 0.2})
+
+
+EXPERIMENTS = "head_to_head", "head_to_head_base", "head_to_head_grid"
+FREE = {"model", "optim", "seed", "size", "steps", "sample_tokens"}  # what may differ among jobs of the comparison
+
+
+def test_every_job_of_the_comparison_is_trained_alike() -> None:
+    """Their sweeps as they are written, composed for each architecture."""
+    shared = []
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for experiment in EXPERIMENTS:
+            whole = hydra.compose("train", [f"experiment={experiment}"], return_hydra_config=True)
+            params = whole.hydra.sweeper.params
+            assert sorted(params.model.split(",")) == zoo.list_models()
+            assert str(params.seed).split(",") == (["1", "2", "3"] if experiment == "head_to_head" else ["1"])
+            assert whole.hydra.sweep.dir == f"runs/{experiment}"
+            assert set(whole.rates) == set(zoo.list_models())
+            for model in zoo.list_models():
+                values = OmegaConf.to_container(hydra.compose("train", [f"experiment={experiment}", f"model={model}"]))
+                assert values["size"]["name"] == ("base" if experiment.endswith("base") else "small")
+                assert values["resume"] == "auto"
+                rate = values["optim"].pop("lr")
+                assert rate == (2e-3 if experiment.endswith("grid") else "${rates.${model.name}}")
+                shared.append({key: value for key, value in values.items() if key not in FREE - {"optim"}})
+    assert all(one == shared[0] for one in shared)
+
+
+def test_a_rate_that_was_not_measured_is_refused(command: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the grid's table a model gets its own number, and without one its run is not begun."""
+    monkeypatch.chdir(tmp_path)
+    base = ["train.py", "experiment=head_to_head", "trainer=cpu", "model=rwkv"]
+    for rate, error in (("not measured yet", "optim.lr='not measured yet' is not a number"),
+                        ("2e-3", "data.path=./nowhere")):
+        hydra.core.global_hydra.GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", [*base, f"rates.rwkv={rate}", "data.path=./nowhere"])
+        assert command.main() == 2
+        assert error in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_sweep_over_steps(command: ModuleType, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
