@@ -23,10 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._common import INTERPRETED, LOG2E, dot, power_of_two
-from zoo.kernels.aft_simple import PIECES, chain_kernel
-from zoo.kernels.aft_sums import EMPTY, Plan, cut_rows, exp2, place
+from zoo.kernels.aft_sums import EMPTY, Plan, cut_rows, exp2, place, row_slots
 
 LN2 = tl.constexpr(0.6931471805599453)
+PIECES = 16  # segments that are joined at once
 PROGRAMS = 2  # on every multiprocessor, to aim at by cutting rows
 
 
@@ -108,7 +108,7 @@ def forward_kernel(q, k, v, table, y, lse, dy, dq, g, delta, starts, cu_seqlens,
         slots = tl.cast(segments, tl.int64) * H * K
         p_s = starts + (tl.cast(i_s, tl.int64) * H + i_h) * K
         c_d = tl.load(p_s + 2 * slots + i_v * BV)
-        c_m = tl.where(c_d > 0, tl.load(p_s + i_v * BV) * LN2, EMPTY)
+        c_m = tl.where(c_d > 0, tl.load(p_s + i_v * BV), EMPTY)
         c_n = tl.load(p_s + slots + o_v, mask=o_v < K, other=0)
     else:
         c_m = tl.cast(EMPTY, tl.float32)
@@ -189,9 +189,64 @@ def summary_kernel(k, v, sums, cu_seqlens, T, H, K, L, pieces, documents, segmen
         c_m, c_n, c_d = absorb(c_m, c_n, c_d, b_k, b_v, m_t)
     slots = tl.cast(segments, tl.int64) * H * K
     p_s = sums + (tl.cast(i_s, tl.int64) * H + i_h) * K + o_v
-    tl.store(p_s, c_m * LOG2E + c_n * 0.0, mask=m_v)
+    tl.store(p_s, c_m + c_n * 0.0, mask=m_v)
     tl.store(p_s + slots, c_n, mask=m_v)
     tl.store(p_s + 2 * slots, c_d + c_n * 0.0, mask=m_v)
+
+
+@triton.jit
+def join_keys(m1, n1, d1, m2, n2, d2):
+    """Sums as multiples of exp(m), m as keys are: what is made of log2 exp(m) would have its rounding."""
+    m = tl.maximum(m1, m2)
+    f1, f2 = exp2((m1 - m) * LOG2E), exp2((m2 - m) * LOG2E)
+    return m, n1 * f1 + n2 * f2, d1 * f1 + d2 * f2
+
+
+@triton.jit
+def join_keys_before(m1, n1, d1, before_m1, before_n1, before_d1, m2, n2, d2, before_m2, before_n2, before_d2):
+    m, n, d = join_keys(m1, n1, d1, m2, n2, d2)
+    before_m, before_n, before_d = join_keys(m1, n1, d1, before_m2, before_n2, before_d2)
+    return m, n, d, before_m, before_n, before_d
+
+
+@triton.jit(do_not_specialize=["T", "L", "pieces", "segments"])
+def chain_kernel(sums, joined, cu_seqlens, T, C, L, pieces, segments, BP: tl.constexpr, BC: tl.constexpr,
+                 REVERSE: tl.constexpr):
+    """The sums of all segments of a row before each, or of all after it."""
+    i_n, i_c = tl.program_id(0) // tl.cdiv(C, BC), tl.program_id(0) % tl.cdiv(C, BC)
+    slot, n = row_slots(i_n, T, L, pieces, cu_seqlens)
+    o_p = tl.arange(0, BP)[:, None]
+    o_c = (i_c * BC + tl.arange(0, BC))[None, :]
+    m_c = o_c < C
+    plane = tl.cast(segments, tl.int64) * C
+    c_m = tl.zeros([1, BC], tl.float32) + EMPTY
+    c_n = tl.zeros([1, BC], tl.float32)
+    c_d = tl.zeros([1, BC], tl.float32)
+    for i in range(0, n, BP):
+        place = i + o_p  # in the order of joining; the last one's sums are nobody's
+        at = (slot + place) * C + o_c
+        if REVERSE:
+            at = (slot + n - 1 - place) * C + o_c
+        s_m = tl.load(sums + at, mask=(place < n - 1) & m_c, other=EMPTY)
+        s_n = tl.load(sums + plane + at, mask=(place < n - 1) & m_c, other=0)
+        s_d = tl.load(sums + 2 * plane + at, mask=(place < n - 1) & m_c, other=0)
+        nil = tl.zeros_like(s_n)
+        found = tl.associative_scan((s_m, s_n, s_d, nil + EMPTY, nil, nil), 0, join_keys_before)
+        b_m, b_n, b_d = join_keys(c_m, c_n, c_d, found[3], found[4], found[5])
+        mask = (place < n) & m_c
+        tl.store(joined + at, b_m, mask=mask)
+        tl.store(joined + plane + at, b_n, mask=mask)
+        tl.store(joined + 2 * plane + at, b_d, mask=mask)
+        s_m, s_n, s_d = tl.reduce((s_m, s_n, s_d), 0, join_keys)
+        c_m, c_n, c_d = join_keys(c_m, c_n, c_d, s_m[None, :], s_n[None, :], s_d[None, :])
+
+
+def chain(sums: Tensor, length: int, planned: Plan, cu_seqlens: Tensor | None, reverse: bool) -> Tensor:
+    joined, channels, width = torch.empty_like(sums), sums.shape[2], 16 if INTERPRETED else 32
+    chain_kernel[(planned.rows * triton.cdiv(channels, width),)](
+        sums, joined, cu_seqlens, length, channels, planned.L, planned.pieces, planned.segments, BP=PIECES, BC=width,
+        REVERSE=reverse, num_warps=4)
+    return joined
 
 
 def plan(v: Tensor, bias: Tensor, cu_seqlens: Tensor | None) -> Plan:
@@ -219,16 +274,11 @@ def starts_of(k: Tensor, v: Tensor, planned: Plan, each: Sizes, cu_seqlens: Tens
     _, length, heads, width = v.shape
     if cu_seqlens is None and length <= planned.L:  # for documents always, as in AFT-simple
         return None
-    starts = v.new_empty((3, planned.segments, heads * width), dtype=torch.float32)
-    sums = torch.empty_like(starts)
+    sums = v.new_empty((3, planned.segments, heads * width), dtype=torch.float32)
     summary_kernel[(planned.segments * heads * triton.cdiv(width, each.BV),)](
         k, v, sums, cu_seqlens, length, heads, width, planned.L, planned.pieces, planned.rows, planned.segments,
         k.stride(1), *v.stride()[1:3], BT=each.BT, BV=each.BV, STAGES=2, num_warps=4)
-    channels = 16 if INTERPRETED else 32
-    chain_kernel[(planned.rows * triton.cdiv(heads * width, channels),)](
-        sums, starts, None, None, None, cu_seqlens, length, heads * width, planned.L, planned.pieces, planned.segments,
-        BP=PIECES, BC=channels, num_warps=4)
-    return starts
+    return chain(sums, length, planned, cu_seqlens, False)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

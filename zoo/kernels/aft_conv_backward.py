@@ -23,10 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._common import INTERPRETED, LOG2E, dot
-from zoo.kernels.aft_conv import LN2, in_rows, keys, make_table, plan, sizes, tile, walk
-from zoo.kernels.aft_simple import PIECES
-from zoo.kernels.aft_sums import exp2, join, joined_before, place, row_slots
+from zoo.kernels._common import LOG2E, dot
+from zoo.kernels.aft_conv import LN2, chain, in_rows, keys, make_table, plan, sizes, tile, walk
+from zoo.kernels.aft_sums import exp2, place
 
 LAST = tl.constexpr(1e30)  # lse of a row that is not there
 
@@ -61,7 +60,7 @@ def backward_kernel(k, v, table, g, delta, lse, dk, dv, tiles, ends, cu_seqlens,
     else:
         slots = tl.cast(segments, tl.int64) * H * K
         p_s = ends + (tl.cast(i_s, tl.int64) * H + i_h) * K
-        c_e = -tl.load(p_s + i_v * BV, mask=rest > L, other=-LAST) * LN2
+        c_e = -tl.load(p_s + i_v * BV, mask=rest > L, other=-LAST)
         c_a = tl.load(p_s + slots + o_v, mask=(o_v < K) & (rest > L), other=0)
         c_b = tl.load(p_s + 2 * slots + i_v * BV, mask=rest > L, other=0)
     n = tl.cdiv(length, BT)
@@ -107,7 +106,7 @@ def backward_kernel(k, v, table, g, delta, lse, dk, dv, tiles, ends, cu_seqlens,
 def summary_kernel(g, delta, lse, sums, cu_seqlens, T, H, K, L, pieces, documents, segments, plane, BT: tl.constexpr,
                    BV: tl.constexpr, STAGES: tl.constexpr):
     """-e and the sums of g and delta of a segment that another precedes, without its first chunk and with that of the
-    next; for every value, as `chain_back_kernel` asks."""
+    next; for every value, as `chain_kernel` asks."""
     i_v, i_h = tl.program_id(0) % tl.cdiv(K, BV), tl.program_id(0) // tl.cdiv(K, BV) % H
     i_s = tl.program_id(0) // (tl.cdiv(K, BV) * H)
     i_b, first, length, _, piece, rest = place(i_s, T, L, pieces, cu_seqlens, documents, BT)
@@ -129,37 +128,9 @@ def summary_kernel(g, delta, lse, sums, cu_seqlens, T, H, K, L, pieces, document
         c_e, c_a, c_b = absorb_rows(c_e, c_a, c_b, b_l, b_r, b_g, b_d)
     slots = tl.cast(segments, tl.int64) * H * K
     p_s = sums + (tl.cast(i_s, tl.int64) * H + i_h) * K + o_v
-    tl.store(p_s, c_a * 0.0 - c_e * LOG2E, mask=o_v < K)
+    tl.store(p_s, c_a * 0.0 - c_e, mask=o_v < K)
     tl.store(p_s + slots, c_a, mask=o_v < K)
     tl.store(p_s + 2 * slots, c_a * 0.0 + c_b, mask=o_v < K)
-
-
-@triton.jit(do_not_specialize=["T", "L", "pieces", "segments"])
-def chain_back_kernel(sums, ends, cu_seqlens, T, C, L, pieces, segments, BP: tl.constexpr, BC: tl.constexpr):
-    """The sums of all later segments, for every segment of a row but its last."""
-    i_n, i_c = tl.program_id(0) // tl.cdiv(C, BC), tl.program_id(0) % tl.cdiv(C, BC)
-    slot, n = row_slots(i_n, T, L, pieces, cu_seqlens)
-    o_p = tl.arange(0, BP)[:, None]
-    o_c = (i_c * BC + tl.arange(0, BC))[None, :]
-    m_c = o_c < C
-    plane = tl.cast(segments, tl.int64) * C
-    c_m = tl.zeros([1, BC], tl.float32) - LAST
-    c_a = tl.zeros([1, BC], tl.float32)
-    c_b = tl.zeros([1, BC], tl.float32)
-    for i in range(0, n, BP):
-        o_n = n - 1 - i - o_p  # from the last on, so that those before in the block come later in the row
-        at = (slot + o_n) * C + o_c
-        s_m = tl.load(sums + at, mask=(o_n > 0) & m_c, other=-LAST)
-        s_a = tl.load(sums + plane + at, mask=(o_n > 0) & m_c, other=0)
-        s_b = tl.load(sums + 2 * plane + at, mask=(o_n > 0) & m_c, other=0)
-        b_m, b_a, b_b = joined_before(s_m, s_a, s_b)
-        b_m, b_a, b_b = join(c_m, c_a, c_b, b_m, b_a, b_b)
-        mask = (o_n >= 0) & m_c
-        tl.store(ends + at, b_m, mask=mask)
-        tl.store(ends + plane + at, b_a, mask=mask)
-        tl.store(ends + 2 * plane + at, b_b, mask=mask)
-        s_m, s_a, s_b = tl.reduce((s_m, s_a, s_b), 0, join)
-        c_m, c_a, c_b = join(c_m, c_a, c_b, s_m[None, :], s_a[None, :], s_b[None, :])
 
 
 @triton.jit(do_not_specialize=["W", "programs"])
@@ -199,13 +170,9 @@ def backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dy: Tensor, lse: Ten
     ends = None
     if cu_seqlens is not None or length > planned.L:
         sums = lse.new_empty((3, planned.segments, heads * width))
-        ends = torch.empty_like(sums)
         summary_kernel[grid](g, delta, lse, sums, cu_seqlens, *shape, *cuts, BT=each.BT, BV=each.BV,
                              STAGES=2, num_warps=4)
-        channels = 16 if INTERPRETED else 32
-        chain_back_kernel[(planned.rows * triton.cdiv(heads * width, channels),)](
-            sums, ends, cu_seqlens, length, heads * width, planned.L, planned.pieces, planned.segments, BP=PIECES,
-            BC=channels, num_warps=4)
+        ends = chain(sums, length, planned, cu_seqlens, True)
     backward_kernel[grid](k, v, make_table(bias, each.BT, True), g, delta, lse, dk, dv, tiles, ends, cu_seqlens, *shape,
                           *cuts, k.stride(1), *v.stride()[1:3], dk.stride(0), BT=each.BT, BV=each.BV,
                           STAGES=each.backward[1], PRECISION="ieee", num_warps=each.backward[0])

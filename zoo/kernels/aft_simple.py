@@ -8,8 +8,8 @@ and warps meet once a chunk, for the sums of the warps before. All is kept as mu
 log2 of the sum of all weights before the chunk, so den starts a chunk in [1, 2), e moves without rounding, and a weight
 is exp2(k log2(e) - e): no maximum is looked for.
 
-Where the weights of a chunk pass BIG, or are not finite, what was written from that chunk on is done again carefully:
-the same walk with the running maximum of the keys in the place of e, every exponent <= 0.
+Where the weights of a chunk pass STEEP, or are not finite, what was written from that chunk on is done again carefully:
+the same walk with the running maximum of the keys, as a whole number too, in the place of e, and no weight over 2.
 
 Rows too few for the GPU are cut into segments: `summary` gives the sums of each, `chain` those before it, which are
 also what a state given by the caller is.
@@ -37,17 +37,19 @@ from zoo.kernels.aft_sums import (
     careful,
     cut_rows,
     exp2,
-    exponent,
     inverse,
     join,
+    join_token,
     joined_before,
     place,
     row_slots,
     rows,
     start_of,
+    weight,
+    whole,
 )
 
-BIG = tl.constexpr(2.0**60)  # up to where sums of weights are taken as they are
+BIG = tl.constexpr(2.0**60)  # up to where sums are taken as they are
 NEVER = tl.constexpr(2**31 - 1)
 
 
@@ -80,7 +82,7 @@ def config(direction: str, k: Tensor) -> Config:
 @triton.jit(do_not_specialize=["T", "L", "pieces", "documents", "chunks", "segments"])
 def forward_kernel(q, k, v, y, states, steep, starts, cu_seqlens, T, C, L, pieces, documents, chunks, segments,
                    x_t, R: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr,
-                   STAGES: tl.constexpr):
+                   STAGES: tl.constexpr, STEEP: tl.constexpr):
     BT: tl.constexpr = R * W
     i_s, i_c = tl.program_id(0) // tl.cdiv(C, BC), tl.program_id(0) % tl.cdiv(C, BC)
     i_b, first, length, chunk, _, _ = place(i_s, T, L, pieces, cu_seqlens, documents, BT)
@@ -111,12 +113,12 @@ def forward_kernel(q, k, v, y, states, steep, starts, cu_seqlens, T, C, L, piece
         s_d = tl.zeros([W, BC], tl.float32)
         b_n, b_d = tl.tuple(()), tl.tuple(())
         for r in tl.static_range(R):
-            p = exp2(b_k[r].to(tl.float32) * LOG2E - c_e)
+            p = weight(b_k[r], c_e)
             s_n += p * b_v[r].to(tl.float32)
             s_d += p
             b_n += (s_n,)
             b_d += (s_d,)
-        steep_at = tl.where((tl.abs(s_n) < BIG) & (s_d < BIG), steep_at, tl.minimum(steep_at, i_t))
+        steep_at = tl.where((tl.abs(s_n) < BIG) & (s_d < STEEP), steep_at, tl.minimum(steep_at, i_t))
         w_n, w_d = before(s_n, s_d, False)
         w_n, w_d = w_n + c_n, w_d + c_d
         for r in tl.static_range(R):
@@ -152,7 +154,7 @@ def forward_kernel(q, k, v, y, states, steep, starts, cu_seqlens, T, C, L, piece
             b_m, b_n, b_d = joined_before(s_m, s_n, s_d)
             b_m, b_n, b_d = join(c_m, c_n, c_d, b_m, b_n, b_d)
             for r in tl.static_range(R):
-                b_m, b_n, b_d = join(b_m, b_n, b_d, exponent(b_k[r]), b_v[r].to(tl.float32), 1.0)
+                b_m, b_n, b_d = join_token(b_m, b_n, b_d, b_k[r], b_v[r])
                 b_y = b_n * inverse(b_d * (1 + exp2(b_q[r].to(tl.float32) * -LOG2E)))
                 tl.store(p_y + (o_y + C * r), b_y.to(y.dtype.element_ty), mask=(row + r < length) & m_c)
             s_m, s_n, s_d = tl.reduce((s_m, s_n, s_d), 0, join)
@@ -183,12 +185,12 @@ def summary_kernel(k, v, sums, cu_seqlens, T, C, L, pieces, documents, segments,
         b_v = rows(p_v, o_x, x_t, row, L, m_c, 0.0, R)
         m = c_m
         for r in tl.static_range(R):
-            m = tl.maximum(m, exponent(b_k[r]))
+            m = tl.maximum(m, whole(b_k[r]))
         c_n *= exp2(c_m - m)
         c_d *= exp2(c_m - m)
         c_m = m
         for r in tl.static_range(R):
-            p = exp2(exponent(b_k[r]) - m)
+            p = weight(b_k[r], m)
             c_n += p * b_v[r].to(tl.float32)
             c_d += p
         p_k += tl.cast(x_t, tl.int64) * BT
@@ -216,9 +218,10 @@ def chain_kernel(sums, starts, top, num, den, cu_seqlens, T, C, L, pieces, segme
     c_n = tl.zeros([1, BC], tl.float32)
     c_d = tl.zeros([1, BC], tl.float32)
     if top is not None:
-        c_m = exponent(tl.load(top + i_n * C + o_c, mask=m_c, other=0))
-        c_n = tl.load(num + i_n * C + o_c, mask=m_c, other=0)
-        c_d = tl.load(den + i_n * C + o_c, mask=m_c, other=0)
+        b_t = tl.load(top + i_n * C + o_c, mask=m_c, other=0)
+        c_m = whole(b_t)
+        c_n = tl.load(num + i_n * C + o_c, mask=m_c, other=0) * weight(b_t, c_m)
+        c_d = tl.load(den + i_n * C + o_c, mask=m_c, other=0) * weight(b_t, c_m)
     for i in range(0, n, BP):
         at = (slot + i + o_p) * C + o_c
         mask = (i + o_p < n) & m_c
@@ -230,13 +233,16 @@ def chain_kernel(sums, starts, top, num, den, cu_seqlens, T, C, L, pieces, segme
         b_m, b_n, b_d = join(c_m, c_n, c_d, b_m, b_n, b_d)
         s_m, s_n, s_d = tl.reduce((s_m, s_n, s_d), 0, join)
         c_m, c_n, c_d = join(c_m, c_n, c_d, s_m[None, :], s_n[None, :], s_d[None, :])
-        whole = tl.floor(b_m)
-        b_n *= exp2(b_m - whole)
-        b_d *= exp2(b_m - whole)
         rise, scale = binade(b_d)
-        tl.store(starts + at, whole + rise, mask=mask)
+        tl.store(starts + at, b_m + rise, mask=mask)
         tl.store(starts + plane + at, b_n * scale, mask=mask)
         tl.store(starts + 2 * plane + at, b_d * scale, mask=mask)
+
+
+def steepest(k: Tensor) -> float:
+    """Up to where a chunk's weights, relative to all before it, are taken as they are. One of 2^n has the rounding of
+    n, which float32 would show where the rows after a large key are another segment's."""
+    return 2.0**60 if k.element_size() == 2 else 2.0**16
 
 
 def plan(k: Tensor, cu_seqlens: Tensor | None) -> Plan:
@@ -300,5 +306,5 @@ def forward(q: Tensor, k: Tensor, v: Tensor, top: Tensor | None, num: Tensor | N
             sums, starts, top, num, den, cu_seqlens, *shape, planned.segments, BP=PIECES, BC=width, num_warps=4)
     forward_kernel[(planned.segments * blocks,)](
         q, k, v, y, states, steep, starts, cu_seqlens, *shape, planned.rows, kept_shape[1], planned.segments,
-        k.stride(1), **kept)
+        k.stride(1), STEEP=steepest(k), **kept)
     return y, states, steep

@@ -22,17 +22,19 @@ from torch import Tensor
 from zoo.kernels._common import INTERPRETED, LOG2E
 from zoo.kernels.aft_simple import PIECES, alike, config, cut, plan
 from zoo.kernels.aft_sums import (
+    LOG2E_32,
     add,
     before,
     careful,
     exp2,
-    exponent,
     inverse,
     join,
+    join_token,
     joined_before,
     place,
     row_slots,
     rows,
+    weight,
 )
 
 LAST = tl.constexpr(1e30)  # e of what comes after the last token: nothing
@@ -111,7 +113,7 @@ def backward_kernel(q, k, v, dy, dq, dk, dv, states, steep, ends, sums, cu_seqle
         b_m, b_n, b_d = join(s_m, s_n, s_d, b_m, b_n, b_d)
         t_m, t_a, t_b = tl.tuple(()), tl.tuple(()), tl.tuple(())
         for r in tl.static_range(R):
-            b_m, b_n, b_d = join(b_m, b_n, b_d, exponent(b_k[r]), b_v[r].to(tl.float32), 1.0)
+            b_m, b_n, b_d = join_token(b_m, b_n, b_d, b_k[r], b_v[r])
             share = inverse(b_d)
             mean, gate = b_n * share, inverse(1 + exp2(b_q[r].to(tl.float32) * -LOG2E))
             g = tl.where(row + r < length, b_dy[r].to(tl.float32) * gate, 0.0)
@@ -130,7 +132,7 @@ def backward_kernel(q, k, v, dy, dq, dk, dv, states, steep, ends, sums, cu_seqle
             last, b_a, b_b = fall(c_e, c_a, c_b, t_m[R - 1], b_a, b_b)
             for r in tl.static_range(R):
                 last, b_a, b_b = fall(last, b_a, b_b, t_m[R - 1 - r], t_a[R - 1 - r], t_b[R - 1 - r])
-                p = exp2(exponent(b_k[R - 1 - r]) - last)
+                p = weight(b_k[R - 1 - r], last)
                 mask = (row + R - 1 - r < length) & m_c
                 tl.store(p_dv + (o_y + C * (R - 1 - r)), (p * b_a).to(dv.dtype.element_ty), mask=mask)
                 b_dk = p * (b_v[R - 1 - r].to(tl.float32) * b_a - b_b)
@@ -158,7 +160,7 @@ def backward_kernel(q, k, v, dy, dq, dk, dv, states, steep, ends, sums, cu_seqle
         s_d = tl.zeros([W, BC], tl.float32)
         b_p, b_n, b_d = tl.tuple(()), tl.tuple(()), tl.tuple(())
         for r in tl.static_range(R):
-            p = exp2(b_k[r].to(tl.float32) * LOG2E - s_e)
+            p = weight(b_k[r], s_e)
             s_n += p * b_v[r].to(tl.float32)
             s_d += p
             b_p += (p,)
@@ -274,6 +276,6 @@ def backward(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, states: Tensor, steep:
     if at_start is None or top is None or num is None or den is None:
         return dq, dk, dv
     e = states[0].view(batch, -1, channels)[:, 0]
-    share = (top * LOG2E.value - e).exp2()
-    a, b = at_start.double() * share  # differences of near numbers follow
+    share = (top.double() * LOG2E_32.value - e).exp2()  # in float64, as differences of near numbers follow
+    a, b = at_start * share
     return dq, dk, dv, (num * a - den * b).float(), a.float(), -b.float()

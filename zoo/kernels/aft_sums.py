@@ -16,6 +16,7 @@ from torch import Tensor
 from zoo.kernels._common import INTERPRETED, LOG2E
 
 EMPTY = tl.constexpr(-1e30)  # the key of a token that is not there, where a maximum is taken
+LOG2E_32 = tl.constexpr(1.4426950216293335)  # LOG2E in float32, as kernels have it
 SHORTEST = 8  # chunks of a segment, at the least
 TOGETHER = tl.constexpr(16 if INTERPRETED else 128)  # documents that are looked at together
 
@@ -159,16 +160,32 @@ def binade(d):
 
 
 @triton.jit
-def exponent(k):
-    """log2 exp(k), no less than EMPTY."""
-    x = k.to(tl.float32) * LOG2E
+def whole(k):
+    """The whole number at or under log2 exp(k), no less than EMPTY."""
+    x = tl.floor(k.to(tl.float32) * LOG2E)
     return tl.where(x < EMPTY, EMPTY, x)
+
+
+@triton.jit
+def weight(k, m):
+    """exp(k) as a multiple of 2^m: rounded once where m is whole, however large k is."""
+    if INTERPRETED:  # which has no multiply-add
+        return exp2((k.to(tl.float64) * LOG2E_32 - m).to(tl.float32))
+    else:
+        return exp2(k.to(tl.float32) * LOG2E - m)
+
+
+@triton.jit
+def join_token(m, n, d, k, v):
+    own = whole(k)
+    w = weight(k, own)
+    return join(m, n, d, own, w * v.to(tl.float32), w)
 
 
 @triton.jit
 def start_of(p_k, starts, slots, at, m):
     """e, num, den before a segment's first key, which p_k points to; starts None: nothing is before it."""
-    c_e = tl.floor(exponent(tl.load(p_k, mask=m, other=0)))
+    c_e = whole(tl.load(p_k, mask=m, other=0))
     if starts is not None:
         c_d = tl.load(starts + 2 * slots + at, mask=m, other=0)
         c_e = tl.where(c_d > 0, tl.load(starts + at, mask=m, other=0), c_e)
@@ -179,10 +196,10 @@ def start_of(p_k, starts, slots, at, m):
 
 @triton.jit
 def careful(b_k, b_v, R: tl.constexpr):
-    """The sums of R rows as multiples of 2^(their largest exponent)."""
-    s_m = exponent(b_k[0])
-    s_n = b_v[0].to(tl.float32)
-    s_d = s_n * 0.0 + 1.0
+    """The sums of R rows as multiples of 2^m, m the largest of their `whole`."""
+    s_m = whole(b_k[0])
+    s_d = weight(b_k[0], s_m)
+    s_n = s_d * b_v[0].to(tl.float32)
     for r in tl.static_range(1, R):
-        s_m, s_n, s_d = join(s_m, s_n, s_d, exponent(b_k[r]), b_v[r].to(tl.float32), 1.0)
+        s_m, s_n, s_d = join_token(s_m, s_n, s_d, b_k[r], b_v[r])
     return s_m, s_n, s_d

@@ -100,5 +100,4 @@ def _self_test(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...])
     return worst / (1e-4 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps)
 
 
-CONV = Kernel("aft_conv", _self_test, most=65, sources=("aft_conv_backward", "aft_simple", "aft_sums"),
-              sized="windows")
+CONV = Kernel("aft_conv", _self_test, most=65, sources=("aft_conv_backward", "aft_sums"), sized="windows")
