@@ -88,13 +88,18 @@ def export(
     out: Annotated[Path, typer.Argument(help="The model's folder to write.")],
     which: Annotated[str, typer.Option(help="last, or best by validation.")] = "last",
     dtype: Annotated[str, typer.Option(help="What weights are stored as: float32, bfloat16 or float16.")] = "float32",
+    publish: Annotated[str, typer.Option(help="Publish a finished run; says what its architecture cannot do.")] = "",
 ) -> None:
     """Make a folder of a run's model, to load, share or publish."""
     from zoo.errors import choose
-    from zoo.export import export_run
+    from zoo.export import export_run, publish_run
     from zoo.pretrained import DTYPES
 
     kind = DTYPES[choose("dtype", dtype, DTYPES)]
+    if publish:
+        choose("checkpoint to publish", which, ("last",))
+        print(publish_run(run, out, limits=publish, dtype=kind))
+        return
     print(export_run(run, out, which=which, dtype=kind, complain=lambda line: print(line, file=sys.stderr)))
 
 

@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
                torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # its names for dtypes
 MAX_JSON = 1 << 20  # bytes of config.json and of card.json
-FILES = {"model.safetensors", "config.json", "card.json", "tokenizer.json"}
+FILES = {"model.safetensors", "config.json", "card.json", "tokenizer.json", "curve.csv"}
 NAME = re.compile(r"[a-z0-9_]+\.[A-Za-z0-9][A-Za-z0-9_-]*")  # <model>.<tag>
 
 
@@ -85,12 +85,12 @@ def find_device(name: str = "auto") -> torch.device:
 
 
 def save_pretrained(folder: str | Path, model: LanguageModel, tokenizer: Tokenizer, card: dict[str, Any], *,
-                    dtype: torch.dtype | None = None) -> Path:
+                    dtype: torch.dtype | None = None, curve: bytes | None = None) -> Path:
     """Write a model's folder, whole or not at all; returns it.
 
-    dtype: what the weights are stored as, the model's own if None. A saved model that is already there is replaced;
-    anything else of that name is left alone. Raises ZooError for that, for weights that are not finite, a card that is
-    not JSON, or a disk that refuses.
+    dtype: what the weights are stored as, the model's own if None. curve: the run's metrics, kept as curve.csv.
+    A saved model that is already there is replaced; anything else of that name is left alone. Raises ZooError for that,
+    for weights that are not finite, a card that is not JSON, or a disk that refuses.
     """
     folder = Path(folder)
     dtype = dtype or model.head.weight.dtype
@@ -110,6 +110,8 @@ def save_pretrained(folder: str | Path, model: LanguageModel, tokenizer: Tokeniz
         (new / "model.safetensors").write_bytes(data)
         (new / "config.json").write_bytes(_to_json(config))
         (new / "card.json").write_bytes(about)
+        if curve is not None:
+            (new / "curve.csv").write_bytes(curve)
 
     _replace_folder(folder, fill)
     return folder

@@ -1,0 +1,126 @@
+"""Published models: out of a finished run, into a wheel, found by name, and known again by a figure."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import ROOT, config, train, write_corpus
+
+import zoo
+from zoo import ZooError
+from zoo.cli import main
+from zoo.data.load import load_data
+from zoo.evaluate import evaluate
+from zoo.export import COLUMNS, publish_run
+
+NOVELS = ROOT.parent / "shared" / "data" / "novels"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    corpus = write_corpus(tmp_path_factory.mktemp("corpus"))
+    train(config(corpus, corpus / "run", steps=4, sample_tokens=0))
+    return corpus / "run"
+
+
+@pytest.fixture(scope="module")
+def published(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return publish_run(run, tmp_path_factory.mktemp("c") / "transformer.tiny", limits="knows 21 words")
+
+
+def test_a_published_model_is_known_again_by_its_figure(run: Path, published: Path) -> None:
+    assert {path.name for path in published.iterdir()} == {"model.safetensors", "config.json", "card.json", "curve.csv"}
+    assert (published / "curve.csv").read_bytes() == (run / "metrics.csv").read_bytes()
+    model, original = zoo.load_pretrained(published), zoo.load_pretrained(run)
+    assert torch.equal(model.head.weight, original.head.weight.bfloat16().float())
+    for key in original.card.keys() - {"command"}:
+        assert model.card[key] == original.card[key], key
+    assert str(ROOT) not in model.card["command"]
+    assert model.card["limits"] == "knows 21 words"
+    assert "path" not in json.dumps(model.card["training"]["data"])
+    slice_ = model.card["slice"]
+    data = load_data(json.loads((run / "config.json").read_text()))
+    again = evaluate(model, data, slice_["split"], slice_["seq_len"], windows=slice_["windows"])
+    assert again.bits_per_byte == pytest.approx(slice_["bits_per_byte"], abs=1e-3)
+    with torch.no_grad():
+        model.head.weight.mul_(1.1)
+    off = evaluate(model, data, windows=slice_["windows"]).bits_per_byte
+    assert abs(off - slice_["bits_per_byte"]) > 1e-3  # other weights are told apart
+
+
+def test_results_are_a_line_a_model_the_best_first(run: Path, published: Path, tmp_path: Path) -> None:
+    for name, by in (("transformer.worse", 1.0), ("transformer.better", -1.0)):
+        shutil.copytree(published, tmp_path / name)
+        card = tmp_path / name / "card.json"
+        about = json.loads(card.read_text())
+        about["validation_bits_per_byte"] += by
+        card.write_text(json.dumps(about))
+    publish_run(run, tmp_path / "transformer.tiny", limits="few words")
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["transformer.better", "transformer.tiny", "transformer.worse"]
+    assert all(rows[1][column] for column in COLUMNS if column not in ("test_bits_per_byte", "peak_memory"))
+    publish_run(run, tmp_path / "transformer.tiny", limits="again")  # is replaced, curve and all
+    assert zoo.load_pretrained(tmp_path / "transformer.tiny").card["limits"] == "again"
+
+
+def test_the_command_publishes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["export", str(run), str(tmp_path / "transformer.x"), "--dtype", "float16", "--publish", "few words"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'transformer.x'}\n"
+    assert (tmp_path / "results.csv").is_file()
+    with pytest.raises(SystemExit) as end:
+        main(["export", str(run), str(tmp_path / "transformer.y"), "--which", "best", "--publish", "few words"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.endswith("allowed: last\n")
+
+
+def test_what_cannot_be_published_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, limits, message in (("nodot", "x", "no name of a published model"), ("rwkv.x", "x", "is a transformer"),
+                                  ("transformer.x", " ", "in plain words")):
+        with pytest.raises(ZooError, match=message):
+            publish_run(run, tmp_path / name, limits=limits)
+    monkeypatch.setattr("zoo.export.MAX_BYTES", 1000)
+    with pytest.raises(ZooError, match="more than the 1000 of a published model"):
+        publish_run(run, tmp_path / "transformer.x", limits="x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wheel_brings_published_models_along(published: Path, tmp_path: Path) -> None:
+    tree, site = tmp_path / "tree", tmp_path / "site"
+    shutil.copytree(ROOT / "zoo", tree / "zoo", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tree / name)
+    shutil.copytree(published.parent, tree / "checkpoints")
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-w",
+                    str(tmp_path), str(tree)], check=True, capture_output=True, timeout=200)
+    (wheel,) = tmp_path.glob("zoo_lm-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    code = ("import zoo; print(zoo.__file__); print(zoo.list_pretrained()); "
+            "print(zoo.load_pretrained('transformer.tiny').card['limits'])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
+                          env={"PYTHONPATH": str(site)}, timeout=100)
+    assert done.stdout.splitlines() == [str(site / "zoo" / "__init__.py"), "['transformer.tiny']", "knows 21 words"], \
+        done.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.list_pretrained() if ".novels-" in name])
+def test_each_cards_figure_is_reproduced(name: str) -> None:
+    if not NOVELS.is_dir():
+        pytest.skip("100 English Novels are not here")
+    model = zoo.load_pretrained(name)
+    about = model.card["slice"]
+    data = load_data({"data": {"name": "novels", "path": str(NOVELS)}, "tokenizer": {"name": "bytes"}})
+    assert data.fingerprint == model.card["data"]["fingerprint"]
+    found = evaluate(model, data, about["split"], about["seq_len"], windows=about["windows"])
+    assert found.bits_per_byte == pytest.approx(about["bits_per_byte"], abs=1e-3)
