@@ -15,11 +15,8 @@ above 1e-27 wherever the largest key stands.
 Ops take and return the caller's dtype and compute in float32 (float64 for float64). A state is updated by a function of
 its own, so that training does not pay for one. With `cu_seqlens` [N + 1] (int32 or int64, on the device, ascending from
 0 to T) N documents stand one after the other in a row, B = 1, and each begins anew: positions, and so rows and columns
-of a bias table, count from its own first token. Documents are not continued: no `sums`, no `cache`.
-
-What is here in PyTorch is also the reference of the kernels that take its place: for whole sequences, that is, as in
-training, and one bias for the batch, those of zoo/ops/aft_triton.py for full and local and of zoo/ops/aft_conv_triton.py
-for conv; those of zoo/ops/aft_simple_triton.py for simple, also after a state.
+of a bias table, count from its own first token. Documents are not continued: no `sums`, no `cache`. For whole sequences
+and one bias for the batch this is the reference of the kernels that take its place, for simple after a state, too.
 """
 
 from __future__ import annotations
@@ -140,8 +137,7 @@ def absorb(sums: Sums, k: Tensor, v: Tensor) -> Sums:
 
 def slide(sums: Sums, cache: Cache, k: Tensor, v: Tensor) -> tuple[Sums, Cache]:
     """The state of a window after T more tokens: as many as come into the cache leave it for the sums."""
-    keys, values = torch.cat([cache.keys, k], 1), torch.cat([cache.values, v], 1)
-    length = k.shape[1]
+    keys, values, length = torch.cat([cache.keys, k], 1), torch.cat([cache.values, v], 1), k.shape[1]
     return absorb(sums, keys[:, :length], values[:, :length]), Cache(keys[:, length:], values[:, length:])
 
 
@@ -173,8 +169,7 @@ def _lanes(x: Tensor) -> Tensor:
 
 
 def _from_lanes(x: Tensor, like: Tensor) -> Tensor:
-    batch, length, dim = like.shape
-    return x.view(length, batch, dim).transpose(0, 1)
+    return x.view(like.shape[1], len(like), -1).transpose(0, 1)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -267,8 +262,8 @@ def _mean(k: Tensor, columns: Tensor, axis: int, size: int, own: Tensor | None, 
             z = past.columns * (past.keys - end).exp()
             weights = None if past.weights is None else past.weights.unsqueeze(1)
             sums = sums + _mix(weights, z.unsqueeze(1)).squeeze(1) * (end - top[:, :length]).exp()
-    count = sums.shape[axis] - 1
-    return sums.narrow(axis, 0, count) / sums.narrow(axis, count, 1)
+    num, den = sums.split([sums.shape[axis] - 1, 1], axis)
+    return num / den
 
 
 def _gate(q: Tensor, mean: Tensor) -> Tensor:
