@@ -23,7 +23,7 @@ from zoo.training.sweep import job_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
-OPTIONS = sorted((file.parent.name, file.stem) for file in CONF.glob("*/*.yaml"))
+OPTIONS = sorted((file.parent.name, file.stem) for file in CONF.glob("*/*.yaml") if file.parent.name != "rates")
 MODELS = [name for group, name in OPTIONS if group == "model"]
 
 
@@ -34,7 +34,16 @@ def composing() -> Iterator[None]:
 
 
 def compose(*overrides: str) -> Config:
-    values: Any = OmegaConf.to_container(hydra.compose("train", list(overrides)), resolve=True)
+    composed = hydra.compose("train", list(overrides))
+    if "rates" in composed:  # a table for experiments, of what was measured: until then it holds words, and is refused
+        rates = composed["rates"]
+        assert set(rates) == set(zoo.mixers.list_mixers())
+        for name, rate in rates.items():
+            if not isinstance(rate, float):
+                assert "not measured" in rate
+                rates[name] = 1e-3
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    values.pop("rates", None)
     return Config.from_dict(values)
 
 

@@ -243,7 +243,9 @@ def test_kernels_agree_with_eager(case: Case) -> None:
         pytest.skip(f"no op of {case} has kernels yet")
     names = ["logits", "of documents", *(name for name, _ in model.named_parameters())]
     for name, plain, kernel in zip(names, *found, strict=True):
-        torch.testing.assert_close(kernel, plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max()), msg=name)
+        # AFT-conv's offset moves all weights of a window alike: its gradient is 0 and shows as noise beside others of 1
+        size = max(float(plain.abs().max()), 0.01)
+        torch.testing.assert_close(kernel, plain, rtol=1e-3, atol=1e-4 * size, msg=name)
 
 
 @CASES
