@@ -20,7 +20,6 @@ from training_runs import ROOT, config, train, write_corpus
 import zoo
 from zoo.errors import ZooError
 from zoo.model import LanguageModel
-from zoo.ops import backend
 from zoo.ops.backend import decisions, forget_decisions, use_backend
 from zoo.training.loggers import read_rows
 
@@ -49,25 +48,14 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
     return {name: float((a[name] - b[name]).norm()) / max(float(b[name].norm()), least) for name in b}
 
 
-def kernels_of(case: Case) -> str:
-    """The backend that takes a model's kernels: "triton"; "auto" where some are refused on all GPUs (`Kernel.fault`).
-
-    Skips where no op of it has kernels (a variant's), so that it runs in PyTorch under any backend.
-    """
-    model, chosen = tiny(case, layers=1, dim=64, channel_dim=96).to(DEVICE), "triton"
+def need_kernels(case: Case) -> None:
+    """Skip where no op of a model has kernels (a variant's), so that it runs in PyTorch under any backend."""
+    model = tiny(case, layers=1, dim=64, channel_dim=96).to(DEVICE)
     forget_decisions()
-    with torch.no_grad():
-        try:
-            with use_backend(chosen):
-                model(tokens_of(1, 8).to(DEVICE))
-        except ZooError as error:
-            if not any(kernel.fault and kernel.fault in str(error) for kernel in backend._kernels.values()):
-                raise
-            chosen = "auto"
-            model(tokens_of(1, 8).to(DEVICE))
+    with torch.no_grad(), use_backend("triton"):
+        model(tokens_of(1, 8).to(DEVICE))
     if not any(line.endswith(": triton") for line in decisions()):
         pytest.skip(f"no kernels for {case}: {'; '.join(decisions()) or 'none written'}")
-    return chosen
 
 
 @CASES
@@ -82,7 +70,7 @@ def test_kernels_compile_into_one_graph(case: Case, packed: bool, monkeypatch: p
     monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # tests run side by side as it is
     monkeypatch.setattr(torch._inductor.config.triton, "autotune_pointwise", False)  # half as many builds
     torch._dynamo.reset()
-    chosen = kernels_of(case)
+    need_kernels(case)
     model = tiny(case, layers=1, scramble=True, dim=64, channel_dim=96).to(DEVICE)
     tokens = (tokens_of(1, sum(PACKED)) if packed else tokens_of(2, 131)).to(DEVICE)
     cu_seqlens = borders(PACKED).to(DEVICE) if packed else None
@@ -91,7 +79,7 @@ def test_kernels_compile_into_one_graph(case: Case, packed: bool, monkeypatch: p
         return model.loss(tokens, tokens.roll(-1, 1), cu_seqlens=cu_seqlens)
 
     found = []
-    with use_backend(chosen):
+    with use_backend("triton"):
         for call in (torch.compile(loss, fullgraph=True, backend="aot_eager" if packed else "inductor"), loss):
             model.zero_grad()
             value = call(tokens, cu_seqlens)
@@ -139,7 +127,8 @@ def test_kernels_agree_with_eager(case: Case, packed: bool) -> None:
     given = tokens.to(DEVICE), borders(PACKED).to(DEVICE) if packed else None
     with use_backend("eager"):
         exact, rough = logits_and_gradients(model, *given), logits_and_gradients(model, *given, dtype=torch.bfloat16)
-    with use_backend(kernels_of(case)):
+    need_kernels(case)
+    with use_backend("triton"):
         close, ours = logits_and_gradients(model, *given), logits_and_gradients(model, *given, dtype=torch.bfloat16)
     far = {name: error for name, error in distance(close, exact).items() if not error < 1e-3}
     assert not far, far
@@ -154,7 +143,8 @@ def test_kernels_agree_with_eager(case: Case, packed: bool) -> None:
 def test_kernels_keep_documents_apart(case: Case, scale: float) -> None:
     mixer = tiny(case, layers=1, scramble=True, dim=64).to(DEVICE).blocks[0].sequence_mixer
     x, cu_seqlens = torch.randn(1, sum(PACKED), 64, device=DEVICE), borders(PACKED).to(DEVICE)
-    with use_backend(kernels_of(case)), torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+    need_kernels(case)
+    with use_backend("triton"), torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
         y = mixer(x, cu_seqlens)
         for n in (0, 2, 3, 5):
             own = slice(sum(PACKED[:n]), sum(PACKED[: n + 1]))
@@ -193,7 +183,7 @@ def compilations() -> Iterator[list[str]]:
 
 @CASES
 def test_other_lengths_and_documents_compile_nothing_new(case: Case) -> None:
-    chosen = kernels_of(case)
+    need_kernels(case)
     model = tiny(case, scramble=True, dim=64, channel_dim=96).to(DEVICE)
 
     def step(lengths: tuple[int, ...]) -> None:
@@ -203,7 +193,7 @@ def test_other_lengths_and_documents_compile_nothing_new(case: Case) -> None:
             model.loss(tokens, tokens, cu_seqlens=cu_seqlens).backward()
 
     forget_builds()
-    with use_backend(chosen):
+    with use_backend("triton"):
         with compilations() as first:
             for lengths in ((97,), (97, 40), (1,), (1, 1)):  # rows that are cut into segments, and too short ones
                 step(lengths)

@@ -114,7 +114,11 @@ def test_a_wheel_brings_published_models_along(published: Path, tmp_path: Path) 
         done.stderr
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.list_pretrained() if ".novels-" in name])
+PUBLISHED = [name for name in zoo.list_pretrained() if ".novels-" in name]
+NONE_YET = pytest.param("none", marks=pytest.mark.skip(reason="no checkpoint is published yet"))
+
+
+@pytest.mark.parametrize("name", PUBLISHED or [NONE_YET])
 def test_each_cards_figure_is_reproduced(name: str) -> None:
     if not NOVELS.is_dir():
         pytest.skip("100 English Novels are not here")

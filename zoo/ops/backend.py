@@ -89,7 +89,6 @@ class Kernel:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     sources: tuple[str, ...] = field(default=())  # files of zoo/kernels beside its own that a new self-test goes with
     file: str = ""  # its own in zoo/kernels, if not named like the op
-    fault: str = ""  # why no GPU may run it, where that is known beforehand
     sized: str = "head sizes"  # what `sizes` are
 
     def __post_init__(self) -> None:
@@ -127,8 +126,6 @@ def _unable(kernel: Kernel, asked: Backend, device: torch.device, dtype: torch.d
         return "triton is not installed"
     if device.type != "cuda" and not (device.type == "cpu" and asked == "triton" and _interpreted()):
         return f"the tensors are on {device.type}, and the kernels want a GPU"
-    if device.type == "cuda" and kernel.fault:
-        return kernel.fault
     if dtype not in kernel.dtypes:
         names = ", ".join(str(each).removeprefix("torch.") for each in kernel.dtypes)
         return f"{str(dtype).removeprefix('torch.')} tensors; the kernels take {names}"
