@@ -337,9 +337,7 @@ def test_rows_segments_and_documents_share_their_builds(monkeypatch: pytest.Monk
         monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda *_, **facts: seen.append(facts["repr"]))
         for case in ((1, 1), (2, 40), (1, 256), (1, 3000), (1, 100, [0, 3, 3, 100]), (1, 2000, [0, 1500, 2000])):
             step(*case)
-    tables = [each for each in seen if each.startswith("cut_kernel")]  # of documents: rows have no use for one
-    assert len(tables) <= 1
-    assert seen == tables
+    assert not seen, seen
 
 
 @pytest.mark.gpu

@@ -230,22 +230,23 @@ def test_wrong_documents_are_refused(case: Case) -> None:
 @interpreted
 @CASES
 def test_kernels_agree_with_eager(case: Case) -> None:
-    """Through the whole model, one row and two documents, forward and backward; in float32 by Triton's interpreter."""
-    model, tokens, found = tiny(case, layers=1, scramble=True, seq_len=20), tokens_of(1, 20), []
+    """Through the whole model, one row and two documents, forward and backward; in float32 by Triton's interpreter.
+
+    Past AFT's window of 32 tokens: within it AFT-conv's offset moves all weights alike, and has no gradient to compare.
+    """
+    model, tokens, found = tiny(case, layers=1, scramble=True, seq_len=40), tokens_of(1, 40), []
     forget_decisions()
     for backend in ("eager", "triton"):
         model.zero_grad()
         with use_backend(backend):
-            logits = [model(tokens), model(tokens, borders([3, 17]))]
+            logits = [model(tokens), model(tokens, borders([3, 37]))]
             (logits[0].square() + logits[1].square()).sum().backward()
         found.append([*(y.detach() for y in logits), *(p.grad for p in model.parameters())])
     if not any(line.endswith(": triton") for line in decisions()):
         pytest.skip(f"no op of {case} has kernels yet")
     names = ["logits", "of documents", *(name for name, _ in model.named_parameters())]
     for name, plain, kernel in zip(names, *found, strict=True):
-        # AFT-conv's offset moves all weights of a window alike: its gradient is 0 and shows as noise beside others of 1
-        size = max(float(plain.abs().max()), 0.01)
-        torch.testing.assert_close(kernel, plain, rtol=1e-3, atol=1e-4 * size, msg=name)
+        torch.testing.assert_close(kernel, plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max()), msg=name)
 
 
 @CASES
