@@ -300,6 +300,11 @@ def test_few_logits_take_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None
     (32768, 768, 640, torch.bfloat16)])
 def test_memory_is_within_the_formula(N: int, D: int, V: int, dtype: torch.dtype, reduction: str,
                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked for is; what the allocator hands out is 1 MiB more at most for each large tensor.
+
+    It leaves up to that much of a block with the tensor that took the rest of it. At most five large ones stand side
+    by side: gradients, a piece of logits, columns of x, a copy of the weights.
+    """
     monkeypatch.undo()
     x = torch.randn(N, D, device="cuda", dtype=dtype, requires_grad=True)
     weight = torch.randn(V, D, device="cuda", dtype=dtype, requires_grad=True)
@@ -309,10 +314,14 @@ def test_memory_is_within_the_formula(N: int, D: int, V: int, dtype: torch.dtype
             x.grad = weight.grad = None
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+            before = torch.cuda.memory_stats()
             linear_cross_entropy(x, weight, targets, reduction=reduction).sum().backward()
-            peak = torch.cuda.max_memory_allocated() - before
-    assert peak <= cross_entropy_triton.memory(N, D, V, x.element_size(), reduction == "mean")
+            after = torch.cuda.memory_stats()
+    asked, taken = (after[f"{what}_bytes.all.peak"] - before[f"{what}_bytes.all.current"]
+                    for what in ("requested", "allocated"))
+    bound = cross_entropy_triton.memory(N, D, V, x.element_size(), reduction == "mean")
+    assert asked <= bound
+    assert taken <= bound + 5 * 2**20
 
 
 @pytest.mark.gpu

@@ -321,8 +321,13 @@ def test_chunks_of_one_block_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 def test_rows_segments_and_documents_share_their_builds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once a row was long enough to be cut, nothing is specialised anew for other lengths, batches and documents."""
+    """Once a row was long enough to be cut, nothing is specialised anew for other lengths, batches and documents.
+
+    The table of documents is no part of the op: every op's is made by one small kernel, built here beforehand.
+    """
     import triton
+
+    from zoo.kernels._common import document_chunks
 
     def step(B: int, T: int, borders: list[int] | None = None) -> None:
         given = {name: x.float() if name in KEEP else x.bfloat16() for name, x in inputs(T, 64, 64, B).items()}
@@ -331,6 +336,7 @@ def test_rows_segments_and_documents_share_their_builds(monkeypatch: pytest.Monk
             given["cu_seqlens"] = torch.tensor(borders, device=DEVICE)
         outputs_and_gradients(lambda **x: wkv6(**x)[0], given)
 
+    document_chunks(torch.tensor([0, 20, 50], device=DEVICE), 50, 16)
     with use_backend("triton"):
         step(1, 1000)
         seen: list[str] = []
