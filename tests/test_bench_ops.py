@@ -20,10 +20,11 @@ from zoo.bench.ops import EAGER, ZOO, Ceilings, Found, Row, bench_ops, zoo_sides
 from zoo.bench.ops_cases import BLOCK, DIRECTIONS, LENGTHS, OPS, RANK, TOKENS, Case, build, cases
 from zoo.bench.ops_peers import Peer, Side
 from zoo.bench.ops_prepare import tune
-from zoo.bench.ops_report import COLUMNS, from_csv, left_out, plot, source_commit, table, to_csv
+from zoo.bench.ops_report import COLUMNS, from_csv, left_out, plot, table, to_csv
 from zoo.bench.timing import Timing
 from zoo.cli import main
 from zoo.ops import aft
+from zoo.revision import source_commit
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SMALL = {"causal_attention": (2, 32, 32), "aft_full": (1, 24, 24), "aft_simple": (1, 24, 24), "aft_local": (1, 24, 24),
@@ -310,7 +311,7 @@ def test_rows_of_a_run_take_the_place_of_the_same_rows() -> None:
     assert [each.timing.p50 for each in read] == [0.002, 0.002, 0.004, 0.002]
     assert from_csv(other, "cpu") == []
     assert len(from_csv(other, "GPU X")) == 4
-    assert to_csv([row()], CPU).splitlines()[1].split(",")[-1] == source_commit()
+    assert to_csv([row()], CPU).splitlines()[1].split(",")[-1] == (source_commit(12) or "")
 
 
 HEAD = ",".join(COLUMNS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
-import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +17,7 @@ from zoo.bench.ops import EAGER, ZOO, Ceilings, Found, Row
 from zoo.bench.ops_cases import DIRECTIONS, OPS, Case
 from zoo.bench.timing import Timing
 from zoo.errors import ZooError
+from zoo.revision import source_commit
 
 COLUMNS = ("op", "impl", "direction", "B", "T", "H", "K", "V", "dtype", "ms_p50", "ms_p20", "ms_p80", "peak_mib", "gpu",
            "torch", "triton", "commit")
@@ -29,9 +29,10 @@ def to_csv(rows: Sequence[Row], device: torch.device, *, before: str = "", commi
     """`COLUMNS`; peak_mib is empty where it cannot be measured, triton and commit where there are none.
 
     `before`: such a table, whose rows stay but where one of `rows` is of the same side, shape, direction and GPU.
-    `commit`: of the measured code; git's answer if None. Raises ZooError for a table of another kind.
+    `commit`: of the measured code; found out if None. Raises ZooError for a table of another kind.
     """
-    same = gpu_name(device), torch.__version__, _version("triton"), source_commit() if commit is None else commit
+    commit = source_commit(12) if commit is None else commit
+    same = gpu_name(device), torch.__version__, _version("triton"), commit or ""
     lines = {_key(line): line for line in _lines(before)}
     for row in rows:
         case, timing = row.case, row.timing
@@ -201,18 +202,6 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
             figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
         except (OSError, ValueError) as error:
             raise ZooError(f"cannot write {path}: {error}") from None
-
-
-def source_commit() -> str:
-    """The source tree's commit, with "+changes" where it was edited since; "" outside of git."""
-    try:
-        name, changes = (
-            subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
-                           timeout=10).stdout.strip()
-            for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "-uno")))
-        return name + ("+changes" if changes else "")
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 def _widest(rows: list[Row]) -> list[Row]:

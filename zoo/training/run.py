@@ -7,7 +7,6 @@ import json
 import logging
 import platform
 import shlex
-import subprocess
 import sys
 import time
 import warnings
@@ -28,6 +27,7 @@ from zoo.evaluate import evaluate
 from zoo.model import LanguageModel, ModelConfig
 from zoo.ops.backend import decisions, forget_decisions, get_backend, use_backend
 from zoo.pretrained import save_pretrained
+from zoo.revision import source_commit
 from zoo.training import checkpoint as files
 from zoo.training.callbacks import Checkpoints, Monitor, Profile, sample_text
 from zoo.training.config import Config, check_resumable, recipe
@@ -153,7 +153,7 @@ def _make_folder(out: Path, run: Config, start: Path | None, place: Place) -> di
         "id": f"{time.time_ns():x}",
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "resumed_from": None if start is None else str(start),
-        "commit": _commit(),
+        "commit": source_commit(),
         "versions": {name: _version(name) for name in ("zoo-lm", "torch", "lightning", "triton", "numpy")}
         | {"python": platform.python_version()},
         "device": device_name(place.device),
@@ -271,18 +271,6 @@ class _Preparation:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     files.write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def _commit() -> str | None:
-    """The source tree's commit, with "+changes" where it was edited since; None outside of git."""
-    try:
-        commit, changes = (
-            subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
-                           timeout=10).stdout.strip()
-            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno")))
-        return commit + ("+changes" if changes else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _version(package: str) -> str | None:
