@@ -104,6 +104,28 @@ def export(
 
 
 @app.command()
+def reproduce(
+    model: Annotated[str, typer.Argument(help="A published model's name, or its folder.")],
+    steps: Annotated[int, typer.Option(min=1, help="How many of its run's steps to repeat, from the first.")] = 200,
+    data: Annotated[str | None, typer.Option(help="Where the text it was trained on lies, as data.path.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Keep the run in this folder.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda; auto is what it was trained on, where there is one.")] =
+        "auto",
+) -> None:
+    """Repeat the start of a published model's run and compare the losses with its curve; status 1 if they differ."""
+    from zoo.reproduce import reproduce
+
+    found = reproduce(model, steps, data=data, out=out, device=device)
+    print("step  stored  here    difference")
+    for step, stored, here in found.losses:
+        print(f"{step:<5} {stored:.4f}  {here:.4f}  {here - stored:+.5f}")
+    difference, where = found.largest
+    print(f"{'reproduced' if found.holds else 'not reproduced'}: losses differ by up to {difference:.2g} nats a token, "
+          f"at step {where}; allowed: {found.tolerance:g}")
+    raise typer.Exit(0 if found.holds else 1)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, or of whole sweeps.")],
     out: Annotated[Path, typer.Option(help="Folder for report.md, report.csv and report.html.")] = Path("report"),

@@ -55,7 +55,7 @@ def load_pretrained(name_or_folder: str | Path, *, device: torch.device | str = 
     Raises ZooError, before any weight is loaded, for whatever is missing, damaged or contradicts itself.
     """
     device = find_device(device) if isinstance(device, str) else device
-    folder = _find(name_or_folder)
+    folder = find_saved(name_or_folder)
     config = read_json(folder / "config.json")
     model_config, weights = _check_config(folder, config)
     card = read_json(folder / "card.json")
@@ -130,7 +130,8 @@ def _published() -> dict[str, Path]:
             if NAME.fullmatch(folder.name) and (folder / "config.json").is_file()}
 
 
-def _find(name_or_folder: str | Path) -> Path:
+def find_saved(name_or_folder: str | Path) -> Path:
+    """The folder of a saved model, as `load_pretrained` looks for it."""
     published = _published()
     if isinstance(name_or_folder, str) and name_or_folder in published:
         return published[name_or_folder]

@@ -135,7 +135,7 @@ class Monitor(Callback):
 
     def _log(self, trainer: Trainer, row: dict[str, Any]) -> None:
         step = row["step"]
-        self.reporter.step(step, row, (self.config.steps - step) * self.seconds_per_step)
+        self.reporter.step(step, row, (self.reporter.steps - step) * self.seconds_per_step)
         if (bits := row.get("validation_bits_per_byte")) is not None:
             perplexity, praise = row["validation_perplexity"], ", the best so far" if self.improved else ""
             self.reporter.say(f"step {step}: validation {bits:.4f} bits/byte, perplexity {perplexity:.3f}{praise}")
@@ -213,6 +213,18 @@ class Checkpoints(Callback):
                 files.mark_best(path)
             files.prune(self.folder, keep={path} if self.newest is None else {path, self.newest})
         self.newest = path
+
+
+class StopAt(Callback):
+    """Ends training after a step, as a signal would; whether anything is saved then is the checkpoints' affair."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step >= self.step:
+            pl_module.check_finite()
+            trainer.should_stop = True
 
 
 class Profile(Callback):

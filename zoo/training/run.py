@@ -29,7 +29,7 @@ from zoo.ops.backend import decisions, forget_decisions, get_backend, use_backen
 from zoo.pretrained import save_pretrained
 from zoo.revision import source_commit
 from zoo.training import checkpoint as files
-from zoo.training.callbacks import Checkpoints, Monitor, Profile, sample_text
+from zoo.training.callbacks import Checkpoints, Monitor, Profile, StopAt, sample_text
 from zoo.training.config import Config, check_resumable, recipe
 from zoo.training.datamodule import TokenDataModule
 from zoo.training.hardware import device_name
@@ -40,13 +40,16 @@ from zoo.training.signals import Signals
 from zoo.training.trainer import Place, find_place, make_trainer
 
 
-def train(config: Mapping[str, Any]) -> dict[str, Any]:
+def train(config: Mapping[str, Any], *, stop_at: int | None = None) -> dict[str, Any]:
     """Train as `conf/train.yaml` and its groups describe, in plain values; returns a summary of what came out.
 
+    stop_at: leave after that step of a run whose schedule is of all its steps, with no model saved for the end's sake.
     Everything that can be refused is refused before the run's folder is made. Raises ZooError for a wrong
     configuration, text, checkpoint or disk, and SystemExit(143 or 130) after a checkpoint on SIGTERM or Ctrl-C.
     """
     run = Config.from_dict(config)
+    if stop_at is not None and not 1 <= stop_at <= run.steps:
+        raise ZooError(f"stop_at={stop_at} is not allowed: 1 to {run.steps}, the steps of the run")
     _quieten()
     with Signals() as signals, use_backend(run.backend):
         forget_decisions()
@@ -55,7 +58,7 @@ def train(config: Mapping[str, Any]) -> dict[str, Any]:
         out = Path(run.out or run.default_out())
         start = _find_start(run, out) if place.rank == 0 or run.resume else None
         run.model_config(256)  # names, options and heads, before a large text is prepared for nothing
-        reporter = Reporter(run.steps, quiet=place.rank > 0)
+        reporter = Reporter(stop_at or run.steps, quiet=place.rank > 0)
         data = load_data({"data": run.data, "tokenizer": run.tokenizer}, _Preparation(reporter))
         shapes = run.model_config(data.tokenizer.vocab_size)
         batches = TokenDataModule(data, run, place.rank, place.world_size)
@@ -68,17 +71,20 @@ def train(config: Mapping[str, Any]) -> dict[str, Any]:
             reporter.say(_headline(run, model, data, place, out, start, step))
         else:
             about = {}
-        return _fit(run, out, place, data, batches, model, start, step, reporter, signals, about)
+        return _fit(run, out, place, data, batches, model, start, step, reporter, signals, about, stop_at)
 
 
 def _fit(run: Config, out: Path, place: Place, data: TokenData, batches: TokenDataModule, model: LanguageModel,
-         start: Path | None, step: int, reporter: Reporter, signals: Signals, about: dict[str, Any]) -> dict[str, Any]:
+         start: Path | None, step: int, reporter: Reporter, signals: Signals, about: dict[str, Any],
+         stop_at: int | None) -> dict[str, Any]:
     module = TrainingModule(model, run, data.fingerprint, batches.batch_of)
     monitor = Monitor(run, batches, reporter, signals)
     checkpoints = Checkpoints(run, out / "checkpoints", monitor, start)
     callbacks: list[Callback] = [monitor, checkpoints]
     if place.rank == 0:
         callbacks.append(Backends(out, reporter, about))
+    if stop_at is not None:
+        callbacks.append(StopAt(stop_at))
     if run.debug.profile:
         callbacks.append(Profile(run.debug.profile, run.steps, out / "profile.txt"))
     loggers = make_loggers(run.logger, out, step, about.get("id", ""), run.to_dict()) if place.rank == 0 else []
@@ -97,6 +103,9 @@ def _fit(run: Config, out: Path, place: Place, data: TokenData, batches: TokenDa
     if checkpoints.stopped or signals.received is not None:
         reporter.say(f"stopped by a signal and saved at step {trainer.global_step}; resume=auto goes on from there")
         raise signals.exit()
+    if stop_at is not None:
+        return {"out": str(out), "step": trainer.global_step, "tokens": trainer.global_step * run.batch_tokens,
+                "seconds": monitor.clock.total}
     newest = checkpoints.newest or start
     assert newest is not None
     result = {"out": str(out), "step": run.steps, "tokens": run.steps * run.batch_tokens,
