@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib.util
-import json
-import time
 from pathlib import Path
 
 import pytest
@@ -15,11 +13,10 @@ from torch import Tensor
 
 from zoo import ZooError
 from zoo.bench import ops as measuring
-from zoo.bench import ops_aft, ops_peers, ops_prepare
+from zoo.bench import ops_aft, ops_peers
 from zoo.bench.ops import EAGER, ZOO, Ceilings, Found, Row, bench_ops, zoo_sides
 from zoo.bench.ops_cases import BLOCK, DIRECTIONS, LENGTHS, OPS, RANK, TOKENS, Case, build, cases
 from zoo.bench.ops_peers import Peer, Side
-from zoo.bench.ops_prepare import tune
 from zoo.bench.ops_report import COLUMNS, from_csv, left_out, plot, table, to_csv
 from zoo.bench.timing import Timing
 from zoo.cli import main
@@ -132,6 +129,9 @@ def test_every_library_of_the_comparison_is_known() -> None:
     assert known["sdpa-flash"].missing(small("causal_attention"), CPU) == "runs on a GPU only"
     assert "up to T=8192" in known["sdpa-mask"].missing(small("block_attention", 8193), GPU)
     assert known["sdpa-mask"].missing(small("block_attention", 8192), GPU) == ""
+    slow, = (peer for peer in ops_peers.peers("aft_simple") if peer.name == "torch-compile-safe")
+    assert slow.missing(small("aft_simple", 2048), GPU) == (
+        "measured up to T=1024: its scans take minutes to compile at each T")
 
 
 def test_rows_and_what_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,64 +180,6 @@ def test_a_reference_is_never_timed_as_a_kernel() -> None:
     with measuring._Called() as called:
         op(torch.ones(2))
     assert called.ours
-
-
-def test_tuning_is_bounded_and_its_failure_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    peer = Peer("nobody", ("wkv6",), lambda problem: Side(problem.zoo, []), on_cpu=True, tunes=True)
-    assert "longer than 0 s" in tune(peer, small("wkv6"), CPU, 0.05)
-    assert "unknown peer 'nobody'; allowed: fla" in tune(peer, small("wkv6"), CPU, 200)
-    asked: list[Case] = []
-    monkeypatch.setattr(ops_prepare, "tune", lambda peer, case, *rest: asked.append(case) or "it took too long")
-    monkeypatch.setattr(ops_peers, "peers", lambda op: [peer])
-    found, = bench_ops(["wkv6"], device=CPU, lengths=[4, 8], budget=0)
-    assert [case.T for case in asked] == [4]  # once a head size
-    assert [case.T for case in found.left_out["nobody", "it took too long"]] == [4, 8]
-
-
-def words(*units: tuple[str, Case]) -> str:
-    return json.dumps([[name, dataclasses.asdict(case) | {"dtype": "float32"}] for name, case in units])
-
-
-def test_first_calls_go_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process: what the others do. Compiling goes on where a unit fails; tuning tells of it."""
-    called: list[str] = []
-
-    def make(problem) -> Side:
-        called.append(str(problem.case))
-        return Side(problem.zoo, problem.leaves)
-
-    monkeypatch.setattr(ops_peers, "peers", lambda op: [Peer("one", (op,), make, on_cpu=True)])
-    units = [("nobody", small("aft_full", 8)), ("one", small("aft_full", 9))]
-    with pytest.raises(SystemExit) as stop:
-        ops_prepare.first_calls("compile", words(*units), "cpu")
-    assert stop.value.code == 1
-    assert called == [str(units[1][1])]
-    with pytest.raises(ZooError, match="unknown peer 'nobody'"):
-        ops_prepare.first_calls("tune", words(units[0]), "cpu")
-
-
-def test_compiling_beforehand_is_bounded() -> None:
-    """In other processes: one that fails, then one that is cut off."""
-    work = [("nobody", small("aft_simple", 4))]
-    assert ops_prepare.compile_all(work, CPU, workers=2, limit=200) == 1
-    began = time.monotonic()
-    assert ops_prepare.compile_all(work * 2, CPU, workers=1, limit=0.05) == 1
-    assert time.monotonic() - began < 2
-    assert ops_prepare.compile_all([], CPU, workers=2, limit=1) == 0
-
-
-def test_what_is_compiled_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
-    many = [Peer("slow", ("aft_simple",), None, compiles=True), Peer("plain", ("aft_simple",), None),
-            Peer("absent", ("aft_simple",), None, compiles=True, module="no_such_module")]
-    monkeypatch.setattr(ops_peers, "peers", lambda op: many)
-    planned = cases("aft_simple", GPU)
-    units = ops_prepare.units(planned, GPU, peers=True)
-    assert [case.T for name, case in units if name == "zoo"] == [min(LENGTHS), max(LENGTHS)]
-    assert [case for name, case in units if name == "slow"] == planned
-    assert {name for name, _ in units} == {"zoo", "slow"}
-    assert {name for name, _ in ops_prepare.units(planned, GPU, peers=False)} == {"zoo"}
-    losses = ops_prepare.units(cases("linear_cross_entropy", GPU), GPU, peers=False)
-    assert [case.V for _, case in losses] == [8192, 50304, 256]
 
 
 def test_shapes_of_bars_come_first_and_the_rest_may_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,15 @@
 """Speed of every op beside the libraries that people use: the same inputs, in one process, in turns.
 
 A side is checked before it is timed: its output and gradients against the zoo's, so that equal work is compared. What
-cannot be measured is named with the reason. Times are of a stream of calls, without a pause for a cold cache.
+cannot be measured is named with the reason. Times are of a stream of calls, without a pause for a cold cache. On a GPU
+every op has a process of its own, so that what a library breaks or leaks there is no other op's loss.
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,12 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.bench import ops_peers, ops_prepare
 from zoo.bench.ops_cases import DIRECTIONS, OPS, Case, Problem, build, cases
-from zoo.bench.ops_peers import Peer, Side, own
+from zoo.bench.ops_peers import Side, own
+from zoo.bench.ops_process import EndedError, FailedError, Process, reason
 from zoo.bench.timing import Timing, captured, interleave, seconds
 from zoo.errors import ZooError, choose
 
 ZOO, EAGER = ops_prepare.ZOO, "zoo-eager"
 TOLERANCE = 0.05  # relative error of bf16 results; float32 ones are far closer
+CASE_LIMIT = 300.0  # seconds, after which a case is given up
+LEAK = 2**30  # bytes that a case leaves in use, from which on its process is not used again
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,14 @@ class Found:
         if case not in cases:
             cases.append(case)
 
+    def add(self, other: Found) -> None:
+        """What came of another case."""
+        self.rows += other.rows
+        self.launched |= other.launched
+        for (who, why), left in other.left_out.items():
+            for case in left:
+                self.leave_out(who, why, case)
+
 
 def measure_ceilings(device: torch.device) -> Ceilings:
     """The rates of a square product (bf16; float32 on a CPU) and of a copy, the best of several."""
@@ -85,39 +97,92 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 
 def bench_ops(ops: Sequence[str] | None = None, *, device: torch.device, lengths: Sequence[int] | None = None,
               peers: bool = True, budget: float = 20.0, tuning: float = 300.0, workers: int = 0,
-              limit: float = float("inf"), progress: Callable[[str, float], object] = lambda op, done: None,
-              ) -> Iterator[Found]:
+              limit: float = float("inf"), apart: bool | None = None,
+              progress: Callable[[str, float], object] = lambda op, done: None) -> Iterator[Found]:
     """Time ops one after the other, each for about `budget` seconds of measuring, first calls not counted.
 
     The shapes of bars come first, of all ops; then the others. Yields an op's rows as soon as they are there, so twice
     as a rule. `tuning`: the limit, in seconds, of a peer's own tuning for one head size, and of compiling beforehand in
-    as many processes as `workers` says. What has not begun `limit` seconds after the call is left out, and named.
-    progress(op, share of its cases done).
+    as many processes as `workers` says. What is not measured `limit` seconds after the call is left out, and named.
+    `apart`: every op in a process of its own; None: on a GPU. progress(op, share of its cases done).
     """
     if workers < 0:
         raise ZooError(f"workers={workers} is not allowed: whole numbers from 0")
     end = time.monotonic() + limit
     chosen = [choose("op", name, OPS) for name in ops] if ops is not None else list(OPS)
     planned = {op: cases(op, device, lengths) for op in chosen}
-    if workers and device.type == "cuda":
-        progress("compiling", 0.0)
-        ordered = sorted((case for op in chosen for case in planned[op]), key=lambda case: not case.first)
-        ops_prepare.compile_all(ops_prepare.units(ordered, device, peers), device, workers, min(tuning, limit))
-    tuned: dict[tuple[str, str, tuple[int, int, int]], str] = {}
-    for first in (True, False):
-        for op in chosen:
-            now, found = [case for case in planned[op] if case.first == first], Found(op)
-            for count, case in enumerate(now):
-                progress(op, count / len(now))
-                if time.monotonic() > end:
-                    found.leave_out("all", f"not begun within the {limit:.0f} s allowed; --limit gives longer", case)
-                    continue
-                _measure(case, device, peers, budget / len(planned[op]), tuning, tuned, found)
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-            if now:
-                yield found
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the memory is the processes' that measure
+    rooms = _Rooms(chosen if apart or (apart is None and device.type == "cuda") else (), device)
+    try:
+        refused: dict[ops_prepare.Unit, str] = {}
+        if workers and device.type == "cuda":
+            progress("compiling", 0.0)
+            units = ops_prepare.units([case for op in chosen for case in planned[op]], device, peers)
+            refused = ops_prepare.compile_all(units, device, workers, min(tuning, limit))
+        for first in (True, False):
+            for op in chosen:
+                now, found = [case for case in planned[op] if case.first == first], Found(op)
+                for count, case in enumerate(now):
+                    progress(op, count / len(now))
+                    why = {name: why for (name, of), why in refused.items() if of == case and name != ZOO}
+                    if peers and time.monotonic() < end:
+                        why |= rooms.tuned(case, min(tuning, end - time.monotonic()))
+                    left = end - time.monotonic()
+                    if left > 0:
+                        found.add(rooms.measure(case, peers, budget / len(planned[op]), why, limit=left))
+                    else:
+                        late = f"not begun within the {limit:.0f} s allowed; --limit gives longer"
+                        found.leave_out("all", late, case)
+                if now:
+                    yield found
+    finally:
+        rooms.end()
+
+
+class _Rooms:
+    """A process for every op, and one for all tuning; they start at once, to be ready when they are needed."""
+
+    def __init__(self, ops: Sequence[str], device: torch.device) -> None:
+        self._device = device
+        self._of = {op: Process() for op in ops}
+        self._tuner: Process | None = None
+        self._tuned: dict[tuple[str, str, tuple[int, int, int]], str] = {}
+
+    def measure(self, case: Case, peers: bool, budget: float, refused: Mapping[str, str], limit: float) -> Found:
+        """`measure_case` in the op's process, or here where it has none."""
+        arguments = case, self._device, peers, budget, refused
+        if case.op not in self._of:
+            return measure_case(*arguments)[0]
+        found, sound = Found(case.op), False
+        try:
+            found, sound = self._of[case.op].ask(measure_case, *arguments, limit=min(CASE_LIMIT, limit))
+        except (FailedError, EndedError) as why:
+            found.leave_out("all", str(why), case)
+        if not sound:
+            self._of[case.op].end()
+            self._of[case.op] = Process()
+        return found
+
+    def tuned(self, case: Case, limit: float) -> dict[str, str]:
+        """Why the tuning of a head size did not end well, by peer; it is asked for once, where it is first needed."""
+        found = {}
+        for peer in ops_peers.peers(case.op):
+            if peer.tunes and not peer.missing(case, self._device):
+                key = peer.name, case.op, case.kind
+                if key not in self._tuned:
+                    self._tuner = self._tuner or Process()
+                    self._tuned[key] = ops_prepare.tune(self._tuner, peer, case, self._device, limit)
+                    if self._tuned[key]:
+                        self._tuner.end()
+                        self._tuner = None
+                found[peer.name] = self._tuned[key]
+        return {name: why for name, why in found.items() if why}
+
+    def end(self) -> None:
+        for process in (*self._of.values(), self._tuner):
+            if process is not None:
+                process.end()
 
 
 def zoo_sides(problem: Problem) -> dict[str, Callable[[], Side]]:
@@ -146,8 +211,24 @@ class _Called(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _measure(case: Case, device: torch.device, with_peers: bool, budget: float, tuning: float,
-             tuned: dict[tuple[str, str, tuple[int, int, int]], str], found: Found) -> None:
+def measure_case(case: Case, device: torch.device, with_peers: bool, budget: float,
+                 refused: Mapping[str, str]) -> tuple[Found, bool]:
+    """-> What came of a case, and whether this process is as good as before. `refused`: sides to leave out, and why."""
+    found = Found(case.op)
+    _measure(case, device, with_peers, budget, refused, found)
+    gc.collect()
+    if device.type != "cuda":
+        return found, True
+    try:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    except RuntimeError:  # a fault of an earlier call, after which this process can call nothing
+        return found, False
+    return found, torch.cuda.memory_reserved(device) < LEAK
+
+
+def _measure(case: Case, device: torch.device, with_peers: bool, budget: float, refused: Mapping[str, str],
+             found: Found) -> None:
     """Check, then time all sides of a case that work here."""
     try:
         problem = build(case, device)
@@ -157,7 +238,7 @@ def _measure(case: Case, device: torch.device, with_peers: bool, budget: float, 
     makers: list[tuple[str, Callable[[], Side], float]] = []
     makers += [(name, make, TOLERANCE) for name, make in zoo_sides(problem).items()]
     for peer in ops_peers.peers(case.op) if with_peers else []:
-        why = peer.missing(case, device) or _tuned(peer, case, device, tuning, tuned)
+        why = peer.missing(case, device) or refused.get(peer.name, "")
         if why:
             found.leave_out(peer.name, why, case)
         else:
@@ -172,7 +253,7 @@ def _measure(case: Case, device: torch.device, with_peers: bool, budget: float, 
             if not error <= tolerance:
                 raise ZooError(f"not the same result: a relative error of {error:.2g}, {tolerance:g} allowed")
         except Exception as failure:  # whatever a library raises, the others are measured
-            found.leave_out(name, _reason(failure), case)
+            found.leave_out(name, reason(failure), case)
         else:
             sides[name], errors[name] = side, error
     del expected[:]
@@ -184,6 +265,7 @@ def _measure(case: Case, device: torch.device, with_peers: bool, budget: float, 
         timings = interleave(calls, device=device, budget=budget / len(DIRECTIONS), warmup=1, slice_seconds=0.01)
         found.rows += [Row(case, name, direction, timings[name], peaks[name], problem.flops(direction),
                            problem.bytes(direction), errors[name]) for name in calls]
+        calls.clear()  # and the memory of their graphs
 
 
 def _without_launches(name: str, call: Callable[[], object], case: Case, device: torch.device,
@@ -193,24 +275,8 @@ def _without_launches(name: str, call: Callable[[], object], case: Case, device:
         return captured(call, device)
     except Exception as failure:  # whatever a library does that a graph cannot hold
         torch.cuda.synchronize(device)
-        found.launched.add((name, _reason(failure)[:120]))
+        found.launched.add((name, reason(failure)[:120]))
         return call
-
-
-def _tuned(peer: Peer, case: Case, device: torch.device, limit: float,
-           tuned: dict[tuple[str, str, tuple[int, int, int]], str]) -> str:
-    """Why the peer's tuning for a head size did not end well, "" if it did or there is none; asked once."""
-    key = peer.name, case.op, case.kind
-    if peer.tunes and key not in tuned:
-        tuned[key] = ops_prepare.tune(peer, case, device, limit)
-    return tuned.get(key, "")
-
-
-def _reason(failure: Exception) -> str:
-    if isinstance(failure, torch.OutOfMemoryError):
-        return "out of memory"
-    text = str(failure) if isinstance(failure, ZooError) else f"{type(failure).__name__}: {failure}"
-    return " ".join(text.split())[:300]
 
 
 def _call(side: Side, problem: Problem, direction: str) -> Callable[[], object]:

@@ -42,6 +42,7 @@ class Peer:
     compiles: bool = False  # for seconds, at the first call of a shape
     tolerance: float = 0.05  # of the relative error to the zoo's result, in bf16
     longest: int | None = None  # T
+    because: str = "its memory or time grows with T squared"  # it is the longest
 
     def missing(self, case: Case, device: torch.device) -> str:
         """Why it cannot take part, "" if it can."""
@@ -50,7 +51,7 @@ class Peer:
         if device.type == "cpu" and not self.on_cpu:
             return "runs on a GPU only"
         if self.longest and self.longest < case.T:
-            return f"measured up to T={self.longest}: its memory or time grows with T squared"
+            return f"measured up to T={self.longest}: {self.because}"
         return ""
 
 
@@ -174,9 +175,11 @@ _PEERS = (
     Peer("torch", _WITH_FORMULA, _plain, on_cpu=True),
     Peer("torch-compile", _WITH_FORMULA, _compiled(_PLAIN), compiles=True),
     Peer("torch-compile-safe", ("aft_full",), _compiled(_SAFE), compiles=True, longest=1024),
-    Peer("torch-compile-safe", ("aft_simple",), _compiled(_SAFE), compiles=True),
-    Peer("liger", ("linear_cross_entropy",), _liger(), module="liger_kernel", package="liger-kernel"),
+    Peer("torch-compile-safe", ("aft_simple",), _compiled(_SAFE), compiles=True, longest=1024,
+         because="its scans take minutes to compile at each T"),
+    Peer("liger", ("linear_cross_entropy",), _liger(), module="liger_kernel", package="liger-kernel", compiles=True),
     Peer("liger-float32", ("linear_cross_entropy",), _liger(accum_dtype=torch.float32), module="liger_kernel",
-         package="liger-kernel"),
-    Peer("cut-cross-entropy", ("linear_cross_entropy",), _cut, module="cut_cross_entropy", package="cut-cross-entropy"),
+         package="liger-kernel", compiles=True),
+    Peer("cut-cross-entropy", ("linear_cross_entropy",), _cut, module="cut_cross_entropy", package="cut-cross-entropy",
+         compiles=True),
 )

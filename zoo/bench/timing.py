@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,23 +52,22 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], N
     """
     aside = torch.cuda.Stream(device)
     aside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(aside):  # what a first call sets up stays out of the graph
-        for _ in range(2):
-            call()
+    with torch.cuda.stream(aside), _no_waiting():  # what a first call on a stream sets up stays out of the graph
+        call()
     torch.cuda.current_stream(device).wait_stream(aside)
-    _refuse_waiting(call)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=aside):
         call()
     return graph.replay
 
 
-def _refuse_waiting(call: Callable[[], object]) -> None:
-    """Raise where `call` waits for the device, before a capture does: one that fails keeps its memory for good."""
+@contextlib.contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Raise where a call waits for the device, before a capture does: one that fails keeps its memory for good."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        call()
+        yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
 
