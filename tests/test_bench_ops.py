@@ -333,8 +333,8 @@ def test_the_command_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     """Compiled beforehand in another process, captured in graphs, in time and memory."""
     out = tmp_path / "ops.csv"
     with pytest.raises(SystemExit) as stop:
-        main(["bench", "ops", "--ops", "aft_simple", "--lengths", "64", "--seconds", "0", "--workers", "1", "--tuning",
-              "60", "--commit", "0123abc", "--csv", str(out)])
+        main(["bench", "ops", "--ops", "aft_simple", "--lengths", "64", "--seconds", "0", "--workers", "2", "--tuning",
+              "250", "--commit", "0123abc", "--csv", str(out)])
     said = capsys.readouterr()
     assert stop.value.code == 0, said
     rows = list(csv.DictReader(out.read_text().splitlines()))
