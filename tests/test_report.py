@@ -20,6 +20,7 @@ import zoo
 from zoo.catalogue import state_bytes_of
 from zoo.cli import main
 from zoo.errors import ZooError
+from zoo.report.contents import learning
 from zoo.report.protocol import RULES, check
 from zoo.report.ranking import Spread, at_cost, by_position, curve, labelled, rank
 from zoo.report.runs import Refusal, Run, find_runs, read_run, shown_command
@@ -241,6 +242,12 @@ def test_curves_and_costs(runs: list[Run]) -> None:
     assert at_cost(mine, lambda run, point: point.tokens, 1537) is None
     places = dict(by_position(mine))
     assert places[32].mean == pytest.approx(sum(dict(run.positions)[32] for run in mine) / 2)
+
+
+def test_runs_validated_at_their_ends_alone_have_no_curves(runs: list[Run]) -> None:
+    entries = rank([type(run)(**vars(run) | {"curve": run.curve[-1:]}) for run in runs])
+    kinds = [type(block).__name__ for block in learning(entries, dict.fromkeys(labelled(runs), 0)).blocks]
+    assert (kinds.count("Chart"), kinds.count("Table")) == (0, 1)
 
 
 def test_labels_name_what_differs(runs: list[Run]) -> None:

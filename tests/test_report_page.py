@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from zoo.report.document import Bullets, Chart, Document, Folded, Section, Table, to_html, to_markdown
 from zoo.report.page import DARK, GROUND, LIGHT
+from zoo.report.runs import find_runs
 from zoo.report.svg import COLOURS, HEIGHT, RIGHT, WIDTH, Axis, Series, _even_ticks, _log_ticks, dot_chart, line_chart
 from zoo.report.words import context_of, large, memory, quoted
 
@@ -168,3 +170,15 @@ def test_figures_in_words() -> None:
     assert [context_of(v) for v in (1, 512, 1024, 2293.5, 65536)] == ["1", "512", "1k", "2.24k", "64k"]
     assert [memory(v) for v in (100, 1023, 1024, 540_672, 9 << 30)] == ["100 B", "1023 B", "1 KiB", "528 KiB", "9 GiB"]
     assert quoted("a `b`") == "`a 'b'`"
+
+
+@pytest.mark.parametrize(("folders", "names"), [
+    (["s/data.path=_c,model=a,seed=1", "s/data.path=_c,model=b,seed=1"], ["model=a", "model=b"]),
+    (["s/model=a,seed=1", "s/model=a,seed=1,n=2"], ["model=a,seed=1", "model=a,seed=1,n=2"]),  # nothing else in the first
+    (["s/one", "s/two"], ["one", "two"]), (["s/model=a,seed=1"], ["model=a,seed=1"]),
+    (["s/model=a,seed=1", "t/model=a,seed=1"], ["s/model=a", "t/model=a"])])
+def test_runs_have_the_shortest_names_that_differ(folders: list[str], names: list[str], tmp_path: Path) -> None:
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "run.json").write_text("{}")
+    assert list(find_runs([tmp_path / folder for folder in folders])) == names

@@ -103,16 +103,20 @@ def learning(entries: Sequence[Entry], colours: Colours) -> Section:
     if len(devices(entries)) > 1:
         del costs["training seconds"]
         left_out = f"Runs were on different devices ({', '.join(devices(entries))}): their seconds are not compared."
+    once = all(len(run.curve) == 1 for entry in entries for run in entry.runs)
+    about = "The runs were validated at their ends alone, so there are no curves." if once else \
+        "Lines are means over seeds, bands reach from the least to the greatest."
     head, cells = ["model"], [[entry.label] for entry in entries]
     for what, (along, shown) in costs.items():
-        charts.append(Chart(f"Validation against {what}", _learning_chart(entries, colours, what, along, shown)))
+        if not once:
+            charts.append(Chart(f"Validation against {what}", _learning_chart(entries, colours, what, along, shown)))
         cost, there = _at_the_least(entries, along)
         head.append(f"at {shown(cost)} {what.removeprefix('training ')}")
         for entry, row in zip(entries, cells, strict=True):
             row.append(bits(there[entry.label].mean) if entry.label in there else "not yet")
     return Section("What learning costs", [
         *charts,
-        "Lines are means over seeds, bands reach from the least to the greatest. At equal cost, which is what the one "
+        f"{about} At equal cost, which is what the one "
         f"that spent least had spent in all ({BITS}, between two validations interpolated; the others had a higher "
         "learning rate then than at their end, and look worse than a run planned for that cost would; not yet: no "
         "validation by then):",

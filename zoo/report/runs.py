@@ -101,11 +101,14 @@ def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as many as it takes for all names to differ."""
+    """The last parts of each path, as many as it takes for all names to differ; of the jobs of a sweep, whose folders
+    are named by what they set, only what not all of them set."""
     for parts in range(1, max(len(path.parts) for path in paths)):
         names = ["/".join(path.parts[-parts:]) for path in paths]
         if len(set(names)) == len(names):
-            return names
+            words = [name.split(",") for name in names]
+            differing = [",".join(word for word in mine if not all(word in other for other in words)) for mine in words]
+            return differing if len(set(differing)) == len(names) and all(differing) else names
     return [str(path) for path in paths]
 
 
