@@ -174,7 +174,7 @@ def test_figures_in_words() -> None:
 
 @pytest.mark.parametrize(("folders", "names"), [
     (["s/data.path=_c,model=a,seed=1", "s/data.path=_c,model=b,seed=1"], ["model=a", "model=b"]),
-    (["s/model=a,seed=1", "s/model=a,seed=1,n=2"], ["model=a,seed=1", "model=a,seed=1,n=2"]),  # nothing else in the first
+    (["s/model=a,seed=1", "s/model=a,seed=1,n=2"], ["model=a,seed=1", "model=a,seed=1,n=2"]),
     (["s/one", "s/two"], ["one", "two"]), (["s/model=a,seed=1"], ["model=a,seed=1"]),
     (["s/model=a,seed=1", "t/model=a,seed=1"], ["s/model=a", "t/model=a"])])
 def test_runs_have_the_shortest_names_that_differ(folders: list[str], names: list[str], tmp_path: Path) -> None:
