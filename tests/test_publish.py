@@ -18,6 +18,7 @@ from training_runs import ROOT, config, train, write_corpus
 import zoo
 from zoo import ZooError
 from zoo.cli import main
+from zoo.data.cache import TokenData
 from zoo.data.load import load_data
 from zoo.evaluate import evaluate
 from zoo.export import COLUMNS, MAX_BYTES, publish_run
@@ -145,13 +146,26 @@ def test_all_architectures_are_published_alike() -> None:
     assert list(rows.values()) == sorted(rows.values())
 
 
-@pytest.mark.parametrize("name", PUBLISHED or [pytest.param("none", marks=NONE_YET)])
-def test_each_cards_figure_is_reproduced(name: str) -> None:
+def novels() -> TokenData:
     if not NOVELS.is_dir():
         pytest.skip("100 English Novels are not here")
-    model = zoo.load_pretrained(name)
+    return load_data({"data": {"name": "novels", "path": str(NOVELS)}, "tokenizer": {"name": "bytes"}})
+
+
+@pytest.mark.parametrize("name", PUBLISHED or [pytest.param("none", marks=NONE_YET)])
+def test_each_cards_figure_is_reproduced(name: str) -> None:
+    data, model = novels(), zoo.load_pretrained(name)
     about = model.card["slice"]
-    data = load_data({"data": {"name": "novels", "path": str(NOVELS)}, "tokenizer": {"name": "bytes"}})
     assert data.fingerprint == model.card["data"]["fingerprint"]
     found = evaluate(model, data, about["split"], about["seq_len"], windows=about["windows"])
     assert found.bits_per_byte == pytest.approx(about["bits_per_byte"], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", PUBLISHED or [pytest.param("none", marks=NONE_YET)])
+def test_each_writes_english(name: str) -> None:
+    """At least four in five of its words are ones of the novels that it was not trained on."""
+    known = set(re.findall(rb"[a-z]+", bytes(novels().validation).lower()))
+    (text,) = zoo.generate(zoo.load_pretrained(name), ["It was "], max_tokens=250, temperature=0.7, seed=0)
+    words = re.findall(rb"[a-z]+", text.encode().lower())[:-1]  # the last may be cut off
+    assert len(words) > 25, text
+    assert sum(word in known for word in words) >= 0.8 * len(words), text
