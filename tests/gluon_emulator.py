@@ -136,7 +136,8 @@ class Machine:
             arange=lambda a, b, _: torch.arange(a, b), zeros=lambda shape, dtype, _: torch.zeros(shape, dtype=dtype),
             full=lambda shape, x, dtype, _: torch.full(shape, x, dtype=dtype), where=_where, minimum=_minimum,
             maximum=_maximum, max=lambda x, dim: x.amax(dim), sum=lambda x, dim: x.sum(dim), exp2=torch.exp2,
-            log2=torch.log2, convert_layout=lambda x, _: x, allocate_shared_memory=_allocate, load=_load, store=_store)
+            log2=torch.log2, convert_layout=lambda x, _, assert_trivial=False: x, split=lambda x: x.unbind(-1),
+            allocate_shared_memory=_allocate, load=_load, store=_store)
 
     def globals(self) -> dict[str, Any]:
         mbarrier = types.SimpleNamespace(init=lambda bar, count: None, expect=_expect, wait=_wait,
@@ -209,14 +210,20 @@ def _offsets(p: Pointer, like: Any) -> Tensor:
     return offset if like is None else offset.broadcast_to(torch.broadcast_shapes(offset.shape, like.shape))
 
 
+def _memory(p: Pointer) -> Tensor:
+    """From the first of a tensor's numbers to the last, with what stands between its rows."""
+    last = sum((size - 1) * stride for size, stride in zip(p.data.shape, p.data.stride(), strict=True))
+    return p.data.as_strided((last + 1,), (1,))
+
+
 def _load(p: Pointer) -> Tensor:
-    return p.data.view(-1)[_offsets(p, None)]
+    return _memory(p)[_offsets(p, None)]
 
 
 def _store(p: Pointer, value: Tensor, mask: Tensor | None = None) -> None:
     offset = _offsets(p, value)
     seen = torch.ones_like(offset, dtype=torch.bool) if mask is None else mask.broadcast_to(offset.shape)
-    p.data.view(-1)[offset[seen]] = value.broadcast_to(offset.shape)[seen].to(p.data.dtype)
+    _memory(p)[offset[seen]] = value.broadcast_to(offset.shape)[seen].to(p.data.dtype)
 
 
 def _expect(bar: Barrier, size: int, there: Any = True) -> None:

@@ -18,6 +18,7 @@ from gluon_emulator import emulated
 from torch import Tensor
 
 from zoo.kernels import attention_hopper, attention_hopper_backward
+from zoo.ops.rotary import phases, turn
 
 KERNELS = emulated(attention_hopper, attention_hopper_backward)
 
@@ -42,6 +43,22 @@ def test_numbers(B: int, T: int, H: int, G: int, K: int) -> None:
         assert (x - exact).norm() <= 1e-5 * exact.norm().clamp(min=1)
     assert bool(lse[..., :T].isfinite().all())
     assert bool((lse[..., T:] == torch.inf).all())
+
+
+@pytest.mark.parametrize(("B", "T", "H", "G", "K"), [(2, 65, 2, 1, 64), (1, 1, 1, 1, 64), (1, 130, 1, 1, 128)])
+def test_gradients_in_a_row_are_turned_back(B: int, T: int, H: int, G: int, K: int) -> None:
+    qkv, dy, table = torch.randn(B, T, H + 2 * G, K), torch.randn(B, T, H, K), phases(torch.arange(T), K)
+    q, k, v = qkv.split([H, G, G], dim=2)
+    q, k = turn(q, table), turn(k, table)
+    y, lse = KERNELS["forward"](q, k, v, K**-0.5)
+    dqkv = torch.full_like(qkv, torch.nan)
+    KERNELS["backward_in_row"](dqkv, dy, q, k, v, y, lse, K**-0.5, table)
+    wide = qkv.double().requires_grad_()
+    q, k, v = wide.split([H, G, G], dim=2)
+    expected = plain(turn(q, table.double()), turn(k, table.double()), v)
+    exact, = torch.autograd.grad(expected, wide, dy.double())
+    for a, b in zip((y, *dqkv.split([H, G, G], dim=2)), (expected, *exact.split([H, G, G], dim=2)), strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm().clamp(min=1)
 
 
 def test_another_sample_that_is_no_number_is_not_read() -> None:
@@ -110,6 +127,8 @@ for K, groups in ((64, 2), (128, 2), (64, 1), (128, 1)):
     with building():
         y, lse = attention_hopper.forward(q, k, k, 0.1)
         attention_hopper_backward.backward(y, q, k, k, y, lse, 0.1)
+        rows, table = torch.zeros(1, 256, 2 + 2 * groups, K, dtype=torch.bfloat16), torch.zeros(256, 2, K // 2)
+        attention_hopper_backward.backward_in_row(rows, y, q, k, k, y, lse, 0.1, table)
 """
     here = Path(__file__).parent
     paths = os.pathsep.join(filter(None, (str(here), str(here.parent), os.environ.get("PYTHONPATH"))))
@@ -117,5 +136,5 @@ for K, groups in ((64, 2), (128, 2), (64, 1), (128, 1)):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     kernels = [line.split() for line in done.stdout.splitlines()]
-    assert len(kernels) == 12
+    assert len(kernels) == 20
     assert all(state == "fine" for _, state in kernels), done.stdout

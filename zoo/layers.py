@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from zoo.contract import SequenceMixer, State
 from zoo.errors import ZooError
+from zoo.ops.rotary import phases, turn
 
 
 def head_dim(dim: int, heads: int) -> int:
@@ -21,18 +22,9 @@ def head_dim(dim: int, heads: int) -> int:
 def rotary(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
     """Rotate channel pairs (i, i + K/2) of x [B, T, H, K] by positions * base^(-2i/K) (RoPE, 2104.09864 eq. 15, 34).
 
-    positions [T] or [B, T]. The phases are float32 whatever the dtype of x: bf16 counts positions only up to 256.
+    positions [T] or [B, T]. The phases are float32, float64 for an x of that.
     """
-    if x.shape[-1] % 2:  # an odd channel at the end stays as it is
-        return torch.cat([rotary(x[..., :-1], positions, base), x[..., -1:]], dim=-1)
-    half, wide = x.shape[-1] // 2, torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
-        frequency = base ** (-torch.arange(half, device=x.device, dtype=wide) / half)
-        phase = positions.to(wide)[..., None, None] * frequency  # [T, 1, K/2] or [B, T, 1, K/2]
-        cos, sin = phase.cos(), phase.sin()
-        x_ = x.to(wide)
-        across = torch.cat([-sin, sin], dim=-1) * x_.roll(half, dims=-1)
-        return torch.addcmul(across, x_, torch.cat([cos, cos], dim=-1)).to(x.dtype)
+    return turn(x, phases(positions, x.shape[-1], base, torch.promote_types(x.dtype, torch.float32)))
 
 
 def token_positions(x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

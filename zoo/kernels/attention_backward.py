@@ -221,12 +221,12 @@ def dkdv_kernel(
 
 def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, k_past: Tensor | None, v_past: Tensor | None, y: Tensor,
              lse: Tensor, scale: float, block: int, rank: int, cu_seqlens: Tensor | None,
-             ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """-> dq, dk, dv and the gradients of the summaries."""
+             out: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """-> dq, dk, dv, which are `out` if given (channels side by side), and the gradients of the summaries."""
     B, T, H, K = q.shape
     dy, q, k, v = (plain(x) for x in (dy, q, k, v))
     k_past, v_past = (None if x is None else plain(x) for x in (k_past, v_past))
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v)) if out is None else out
     # entries after the last document's are nobody's, and their gradients 0
     new = torch.empty_like if cu_seqlens is None and T else torch.zeros_like
     dk_past, dv_past = (None if x is None else new(x, memory_format=torch.contiguous_format) for x in (k_past, v_past))

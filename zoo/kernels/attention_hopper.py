@@ -74,13 +74,13 @@ def fetch(d, i_b, i_t, i_h, s, bars, n, there):
 
 
 @gluon.jit
-def put(p, b, i_b, i_t, i_h, T, H: gl.constexpr, K: gl.constexpr, LAYOUT: gl.constexpr):
-    """b [N, BK] as tile i_t of head i_h of x [B, T, H, K], which lies without gaps."""
+def put(p, b, i_b, i_t, i_h, T, ROW: gl.constexpr, K: gl.constexpr, LAYOUT: gl.constexpr):
+    """b [N, columns] as tile i_t of head i_h of x [B, T, H, K], rows of ROW heads without gaps between them."""
     o_t = gl.arange(0, N, gl.SliceLayout(1, LAYOUT))
     o_k = gl.arange(0, b.shape[1], gl.SliceLayout(0, LAYOUT))
-    p += ((i_b.to(gl.int64) * T + i_t * N) * H + i_h) * K
+    p += ((i_b.to(gl.int64) * T + i_t * N) * ROW + i_h) * K
     mask = (o_t < T - i_t * N)[:, None] & (o_k < K)[None, :]
-    gl.store(p + (o_t[:, None] * (H * K) + o_k[None, :]), b.to(p.dtype.element_ty), mask=mask)
+    gl.store(p + (o_t[:, None] * (ROW * K) + o_k[None, :]), b.to(p.dtype.element_ty), mask=mask)
 
 
 @gluon.jit

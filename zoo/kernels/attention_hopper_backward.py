@@ -20,6 +20,29 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from zoo.kernels._common import LOG2E, power_of_two
 from zoo.kernels.attention import VARYING, describable, section
 from zoo.kernels.attention_hopper import STAGES, N, barrier, described, fetch, place, product, put, ring
+from zoo.kernels.rotary import turn
+
+
+@gluon.jit
+def put_gradient(p, b, p_table, i_b, i_t, i_h, T, ROW: gl.constexpr, K: gl.constexpr, BK: gl.constexpr,
+                 TURNED: gl.constexpr):
+    """`put` of b [N, BK], which if TURNED is first turned back by the phases [T, 2, K // 2] of its rows; then K = BK.
+
+    Both channels of a pair are in one thread's registers.
+    """
+    if TURNED:
+        HALF: gl.constexpr = product(BK // 2)
+        o_t = i_t * N + gl.arange(0, N, gl.SliceLayout(1, HALF))
+        o_k = gl.arange(0, BK // 2, gl.SliceLayout(0, HALF))
+        p_table += gl.minimum(o_t, T - 1)[:, None] * BK + o_k[None, :]
+        b_cos, b_sin = gl.load(p_table), gl.load(p_table + BK // 2)
+        b_first, b_second = gl.split(b.reshape([N, 2, BK // 2]).permute((0, 2, 1)))
+        b_first = gl.convert_layout(b_first, HALF, assert_trivial=True)
+        b_second = gl.convert_layout(b_second, HALF, assert_trivial=True)
+        put(p, b_first * b_cos + b_second * b_sin, i_b, i_t, i_h, T, ROW, K, HALF)
+        put(p + BK // 2, b_second * b_cos - b_first * b_sin, i_b, i_t, i_h, T, ROW, K, HALF)
+    else:
+        put(p, b, i_b, i_t, i_h, T, ROW, K, product(BK))
 
 
 @gluon.jit
@@ -55,8 +78,9 @@ def rows_gradient(b_dq, s_q, s_dy, b_lse, b_delta, d_k, d_v, s_k, bars_k, s_v, b
 
 
 @gluon.jit(do_not_specialize=VARYING)
-def dq_kernel(d_q, d_k, d_v, d_y, d_dy, p_lse, p_delta, p_dq, T, NT, HEADS, SECTION, scale, exponent_scale,
-              H: gl.constexpr, GROUP: gl.constexpr, K: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
+def dq_kernel(d_q, d_k, d_v, d_y, d_dy, p_lse, p_delta, p_dq, p_table, T, NT, HEADS, SECTION, scale, exponent_scale,
+              H: gl.constexpr, GROUP: gl.constexpr, K: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+              ROW: gl.constexpr, TURNED: gl.constexpr):
     """dq of N rows, and on the way D, which `dkdv_kernel` needs."""
     S: gl.constexpr = product(N)
     Q: gl.constexpr = product(BK)
@@ -99,7 +123,7 @@ def dq_kernel(d_q, d_k, d_v, d_y, d_dy, p_lse, p_delta, p_dq, T, NT, HEADS, SECT
     b_dq = rows_gradient(b_dq, s_q, s_dy, b_lse, b_delta, d_k, d_v, s_k, bars_k, s_v, bars_v, i_b, i_g, i_t, i_t,
                          exponent_scale, STAGES, True, S, Q)
     b_dq = warpgroup_mma_wait(0, deps=(b_dq,))
-    put(p_dq, b_dq * scale, i_b, i_t, i_h, T, H, K, Q)
+    put_gradient(p_dq, b_dq * scale, p_table, i_b, i_t, i_h, T, ROW, K, BK, TURNED)
 
 
 @gluon.jit
@@ -176,8 +200,9 @@ def keys_gradient(b_dk, b_dv, s_k, s_v, d, s, bars, first, last, i_b, i_h, i_s, 
 
 
 @gluon.jit(do_not_specialize=VARYING)
-def dkdv_kernel(d_q, d_k, d_v, d_dy, d_lse, d_delta, p_dk, p_dv, T, NT, HEADS, SECTION, scale, exponent_scale,
-                H: gl.constexpr, GROUP: gl.constexpr, K: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
+def dkdv_kernel(d_q, d_k, d_v, d_dy, d_lse, d_delta, p_dk, p_dv, p_table, T, NT, HEADS, SECTION, scale, exponent_scale,
+                H: gl.constexpr, GROUP: gl.constexpr, K: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+                ROW: gl.constexpr, TURNED: gl.constexpr):
     """dk and dv of N keys, over the rows of all heads of their group."""
     S: gl.constexpr = product(N)
     Q: gl.constexpr = product(BK)
@@ -216,29 +241,48 @@ def dkdv_kernel(d_q, d_k, d_v, d_dy, d_lse, d_delta, p_dk, p_dv, T, NT, HEADS, S
     b_dk, b_dv = keys_gradient(b_dk, b_dv, s_k, s_v, d, s, bars, before, steps, i_b, i_h, i_s, NT,
                                exponent_scale, H, GROUP, STAGES, True, S, Q)
     b_dk, b_dv = warpgroup_mma_wait(0, deps=(b_dk, b_dv))
-    put(p_dk, b_dk * scale, i_b, i_s, i_g, T, G, K, Q)
-    put(p_dv, b_dv, i_b, i_s, i_g, T, G, K, Q)
+    put_gradient(p_dv, b_dv, p_table, i_b, i_s, i_g, T, ROW, K, BK, False)
+    put_gradient(p_dk, b_dk * scale, p_table, i_b, i_s, i_g, T, ROW, K, BK, TURNED)
 
 
 def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor,
              scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq, dk, dv, as attention_backward.py's `backward`, of what is taken."""
+    out = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    write(*out, dy, q, k, v, y, lse, scale, None)
+    return out
+
+
+def backward_in_row(dqkv: Tensor, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float,
+                    table: Tensor) -> None:
+    """dq, dk, dv side by side into dqkv [B, T, H + 2 G, K] without gaps; dq and dk turned back (rotary.py)."""
+    H, G, K = q.shape[2], k.shape[2], q.shape[3]
+    inside = power_of_two(K) == K
+    out = dqkv[:, :, :H], dqkv[:, :, H : H + G], dqkv[:, :, H + G :]
+    write(*out, dy, q, k, v, y, lse, scale, table if inside else None)
+    if not inside:  # a pair's channels are in two threads
+        qk = dqkv[:, :, : H + G]
+        turn(qk, table, out=qk, back=True)
+
+
+def write(dq: Tensor, dk: Tensor, dv: Tensor, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor,
+          scale: float, table: Tensor | None) -> None:
     B, T, H, K = q.shape
     G = k.shape[2]
-    dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
+    delta = torch.empty_like(lse)
     if not describable(dy):
         dy = dy.clone(memory_format=torch.contiguous_format)
     NT, BK = triton.cdiv(T, N.value), power_of_two(K)
-    common = {"H": H, "GROUP": H // G, "K": K, "BK": BK, "num_warps": 4}
+    common = {"H": H, "GROUP": H // G, "K": K, "BK": BK, "TURNED": table is not None, "num_warps": 4}
     d_q, d_k, d_v, d_dy = (described(x) for x in (q, k, v, dy))
     with torch.cuda.device_of(q):
         dq_kernel[(NT * B * H,)](
-            d_q, d_k, d_v, described(y), d_dy, lse, delta, dq, T, NT, B * H, section(k) * (H // G), scale,
-            scale * LOG2E.value, STAGES=STAGES[BK]["dq"], **common)
+            d_q, d_k, d_v, described(y), d_dy, lse, delta, dq, table, T, NT, B * H, section(k) * (H // G), scale,
+            scale * LOG2E.value, STAGES=STAGES[BK]["dq"], ROW=dq.stride(1) // K, **common)
         dkdv_kernel[(NT * B * G,)](
-            d_q, d_k, d_v, d_dy, described_line(lse), described_line(delta), dk, dv, T, NT, B * G,
-            max(1, section(q) * G // H), scale, scale * LOG2E.value, STAGES=STAGES[BK]["dkdv"], **common)
-    return dq, dk, dv
+            d_q, d_k, d_v, d_dy, described_line(lse), described_line(delta), dk, dv, table, T, NT, B * G,
+            max(1, section(q) * G // H), scale, scale * LOG2E.value, STAGES=STAGES[BK]["dkdv"], ROW=dk.stride(1) // K,
+            **common)
 
 
 def described_line(x: Tensor) -> TensorDescriptor:

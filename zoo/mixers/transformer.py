@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from zoo.contract import SequenceMixer, State
 from zoo.errors import ZooError
 from zoo.layers import enlarged, head_dim, rotary, small_init_, token_positions
-from zoo.ops.attention import attend_cache, causal_attention
+from zoo.ops.attention import attend_cache, rotary_attention
+from zoo.ops.rotary import phases
 
 
 class Attention(SequenceMixer):
@@ -31,15 +32,15 @@ class Attention(SequenceMixer):
         self.qkv = nn.Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
-    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, D] -> q [B, T, H, K], k, v [B, T, kv_heads, K]; q and k turned to their positions [T] or [B, T]."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        return rotary(q, positions), rotary(k, positions), v
+    def project(self, x: Tensor) -> Tensor:
+        """x [B, T, D] -> queries, keys and values [B, T, H + 2 kv_heads, K]."""
+        return self.qkv(x).unflatten(-1, (-1, self.head_dim))
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        q, k, v = self.project(x, token_positions(x, cu_seqlens))
-        return self.out(causal_attention(q, k, v, cu_seqlens).flatten(-2))
+        qkv = self.project(x)
+        table = phases(token_positions(x, cu_seqlens), self.head_dim,
+                       dtype=torch.promote_types(qkv.dtype, torch.float32))
+        return self.out(rotary_attention(qkv, table, self.heads, cu_seqlens).flatten(-2))
 
     def init_state(self, batch_size: int, max_len: int, *, device: torch.device | str | None = None,
                    dtype: torch.dtype = torch.float32) -> State:
@@ -54,7 +55,8 @@ class Attention(SequenceMixer):
         end = int(positions.max()) + 1
         rows = torch.arange(B, device=x.device).unsqueeze(1)
         k_cache, v_cache = enlarged(state["k"], end), enlarged(state["v"], end)
-        q, k, v = self.project(x, positions)
+        q, k, v = self.project(x).split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        q, k = rotary(q, positions), rotary(k, positions)
         k_cache[rows, positions] = k.to(k_cache.dtype)
         v_cache[rows, positions] = v.to(v_cache.dtype)
         y = attend_cache(q, k_cache[:, :end], v_cache[:, :end], positions)

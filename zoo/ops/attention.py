@@ -13,8 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from zoo.ops.attention_triton import block_kernel, block_on_triton, causal_kernel, causal_on_triton, same_dtype
+from zoo.errors import ZooError
+from zoo.ops.attention_triton import (
+    block_kernel,
+    block_on_triton,
+    causal_kernel,
+    causal_on_triton,
+    rotary_kernel,
+    rotary_on_triton,
+    same_dtype,
+)
 from zoo.ops.documents import document_slices
+from zoo.ops.rotary import turn
 from zoo.ops.untraced import untraced
 
 QUERIES = 256  # queries to a cache at a time: the mask of a long prompt is [B, 256, L] at most
@@ -31,9 +41,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None 
     memory, float32 sums. The chunked algorithm of 2112.05682 in matrix products came out 1.1 (T=256) to 1.3 (T=1024)
     times slower, forward and backward on two cores.
     """
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    q, k, v = same_dtype(q, k, v)
+    q, k, v = same_dtype(*(_autocast(x) for x in (q, k, v)))
     if causal_kernel.chosen(q, q.shape[-1]):
         return causal_on_triton(q, k, v, cu_seqlens)
     if cu_seqlens is not None:
@@ -41,6 +49,34 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None 
     grouped = k.shape[2] != q.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x in the dtype of autocast where it is on; float64 stays."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def rotary_attention(qkv: Tensor, table: Tensor, heads: int, cu_seqlens: Tensor | None = None) -> Tensor:
+    """`causal_attention` of H = `heads` queries and G keys turned to their positions, with G values -> [B, T, H, K].
+
+    qkv [B, T, H + 2 G, K]: the three side by side, as a projection gives them. table [T, 2, K // 2]: the phases of the
+    tokens' positions (`zoo.ops.rotary.phases`), with cu_seqlens those in each document.
+
+    The kernels turn queries and keys in one pass that reads and writes them once, and write the gradients, turned back,
+    to where they stand in that of qkv: nothing is put together afterwards.
+    """
+    keys = qkv.shape[2] - heads
+    if heads < 1 or keys < 2 or keys % 2 or heads % (keys // 2):
+        raise ZooError(f"qkv {list(qkv.shape)} with heads={heads}; allowed: [B, T, heads + 2 G, K], G divides heads")
+    if table.shape != (qkv.shape[1], 2, qkv.shape[3] // 2):
+        raise ZooError(f"phases {list(table.shape)}; allowed: {[qkv.shape[1], 2, qkv.shape[3] // 2]}")
+    qkv = _autocast(qkv)
+    if rotary_kernel.chosen(qkv, qkv.shape[-1]):
+        return rotary_on_triton(qkv, table, heads, cu_seqlens)
+    q, k, v = qkv.split([heads, keys // 2, keys // 2], dim=2)
+    return causal_attention(turn(q, table), turn(k, table), v, cu_seqlens)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:

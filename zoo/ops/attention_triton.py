@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch.utils.flop_counter import register_flop_formula
 from zoo.errors import ZooError
 from zoo.ops.backend import Kernel
 from zoo.ops.documents import check_documents
+from zoo.ops.operator import operator
+from zoo.ops.rotary import phases, turn
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -98,6 +101,86 @@ def attention_backward_flops(dy: tuple[int, ...], q: tuple[int, ...], k: tuple[i
     return attention_flops(q, k, v, k_past, v_past, block, rank) * 5 // 2
 
 
+@operator("zoo::rotary_attention")
+def rotary_attention(qkv: Tensor, table: Tensor, heads: int,
+                     cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [B, T, H + 2 G, K], phases [T, 2, K // 2] float32 -> y [B, T, H, K], lse, turned queries and keys.
+
+    Those [B, T, H + G, K], and qkv for its values, are kept for the backward pass beside y and lse.
+    """
+    from zoo.kernels import attention, attention_hopper, rotary
+
+    turned = rotary.turn(qkv[:, :, : (qkv.shape[2] + heads) // 2], table)
+    q, k, v = _parts(turned, qkv, heads)
+    scale = q.shape[-1] ** -0.5
+    if attention_hopper.takes(q, k, v, 0, cu_seqlens):
+        return *attention_hopper.forward(q, k, v, scale), turned
+    return *attention.forward(q, k, v, None, None, scale, 0, 0, cu_seqlens), turned
+
+
+@rotary_attention.register_fake
+def _(qkv: Tensor, table: Tensor, heads: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, N, K = qkv.shape
+    return (qkv.new_empty(B, T, heads, K), qkv.new_empty(B, heads, (T + 63) // 64 * 64, dtype=torch.float32),
+            qkv.new_empty(B, T, (N + heads) // 2, K))
+
+
+@operator("zoo::rotary_attention_backward")
+def rotary_attention_backward(dy: Tensor, qkv: Tensor, turned: Tensor, table: Tensor, y: Tensor, lse: Tensor,
+                              cu_seqlens: Tensor | None) -> Tensor:
+    """-> the gradient of qkv."""
+    from zoo.kernels import attention_backward, attention_hopper, attention_hopper_backward, rotary
+
+    q, k, v = _parts(turned, qkv, y.shape[2])
+    scale, dqkv = q.shape[-1] ** -0.5, qkv.new_empty(qkv.shape)
+    if attention_hopper.takes(q, k, v, 0, cu_seqlens):
+        attention_hopper_backward.backward_in_row(dqkv, dy, q, k, v, y, lse, scale, table)
+        return dqkv
+    dqk = dqkv[:, :, : turned.shape[2]]
+    attention_backward.backward(dy, q, k, v, None, None, y, lse, scale, 0, 0, cu_seqlens,
+                                _parts(dqk, dqkv, y.shape[2]))
+    rotary.turn(dqk, table, out=dqk, back=True)
+    return dqkv
+
+
+@rotary_attention_backward.register_fake
+def _(dy: Tensor, qkv: Tensor, turned: Tensor, table: Tensor, y: Tensor, lse: Tensor,
+      cu_seqlens: Tensor | None) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _parts(qk: Tensor, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, T, H, K] and k [B, T, G, K] of the one, v of the other."""
+    return qk[:, :, :heads], qk[:, :, heads:], qkv[:, :, qk.shape[2] :]
+
+
+def _setup_rotary(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    (qkv, table, _, cu_seqlens), (y, lse, turned) = inputs, output
+    ctx.save_for_backward(qkv, turned, table, y, lse, cu_seqlens)
+    ctx.mark_non_differentiable(lse, turned)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_rotary(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 4
+    return rotary_attention_backward(dy, *ctx.saved_tensors), None, None, None
+
+
+rotary_attention.register_autograd(_backward_rotary, setup_context=_setup_rotary)
+
+
+@register_flop_formula(torch.ops.zoo.rotary_attention)
+def rotary_attention_flops(qkv: tuple[int, ...], table: tuple[int, ...], heads: int, *_: Any, **__: Any) -> int:
+    """Those of the products; a rotation has none."""
+    return attention_flops((*qkv[:2], heads, qkv[3]), (), (), None, None, 0, 0)
+
+
+@register_flop_formula(torch.ops.zoo.rotary_attention_backward)
+def rotary_attention_backward_flops(dy: tuple[int, ...], *_: Any, **__: Any) -> int:
+    return attention_flops(dy, (), (), None, None, 0, 0) * 5 // 2
+
+
 def same_dtype(*tensors: Tensor) -> list[Tensor]:
     """Tensors in the widest dtype among them."""
     dtype = tensors[0].dtype
@@ -116,6 +199,14 @@ def causal_on_triton(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None)
     if cu_seqlens is not None:
         check_documents(q, cu_seqlens)
     return attention(q, k, v, None, None, 0, 0, cu_seqlens)[0]
+
+
+def rotary_on_triton(qkv: Tensor, table: Tensor, heads: int, cu_seqlens: Tensor | None) -> Tensor:
+    """`rotary_attention` by kernels."""
+    if cu_seqlens is not None:
+        check_documents(qkv, cu_seqlens)
+    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    return rotary_attention(qkv, table.to(torch.float32).contiguous(), heads, cu_seqlens)[0]
 
 
 def block_on_triton(tensors: list[Tensor], block: int, cu_seqlens: Tensor | None) -> Tensor:
@@ -151,15 +242,43 @@ def error_of_kernels(device: torch.device, dtype: torch.dtype, K: int, block: in
         given += [draw(B, M * R, H, K), draw(B, M * R, H, K)]
         past = torch.arange(M).repeat_interleave(R) < t[:, None] // block
         visible = torch.cat([past, visible & (t // block == t[:, None] // block)], 1)
-    dy = draw(B, T, H, K).to(dtype)
+
+    def kernels(*tensors: Tensor) -> Tensor:
+        return attention(*tensors, *(() if block else (None, None)), block, R if block else 0, None)[0]
+
+    def definition(q: Tensor, k: Tensor, v: Tensor, *past: Tensor) -> Tensor:
+        if block:
+            k, v = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
+        return _weighted(q, k, v, visible)
+
+    return _error(kernels, definition, given, draw(B, T, H, K), device, dtype)
+
+
+def error_of_rotary(device: torch.device, dtype: torch.dtype, K: int) -> float:
+    """As `error_of_kernels`, of queries and keys that are turned."""
+    B, T, H = 2, 300, 2
+    generator = torch.Generator().manual_seed(0)
+    qkv, dy = (torch.randn(B, T, n, K, generator=generator, dtype=torch.float64) for n in (3 * H, H))
+    table, t = phases(torch.arange(T), K), torch.arange(T)
+
+    def definition(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.chunk(3, dim=2)
+        return _weighted(turn(q, table.double()), turn(k, table.double()), v, t <= t[:, None])
+
+    return _error(lambda qkv: rotary_attention(qkv, table.to(device), H, None)[0], definition, [qkv], dy, device, dtype)
+
+
+def _weighted(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("bhts,bshk->bthk", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
+
+
+def _error(kernels: Callable[..., Tensor], definition: Callable[..., Tensor], given: list[Tensor], dy: Tensor,
+           device: torch.device, dtype: torch.dtype) -> float:
+    dy = dy.to(dtype)
     narrow = [x.to(device, dtype).requires_grad_() for x in given]
     wide = [x.to(dtype).double().requires_grad_() for x in given]
-
-    tensors = narrow if block else [*narrow, None, None]
-    y, _ = attention(*tensors, block, R if block else 0, None)
-    keys, values = (torch.cat([*wide[3 + i : 4 + i], wide[1 + i]], 1) for i in range(2))
-    scores = torch.einsum("bthk,bshk->bhts", wide[0], keys) * K**-0.5
-    expected = torch.einsum("bhts,bshk->bthk", scores.masked_fill(~visible, -torch.inf).softmax(-1), values)
+    y, expected = kernels(*narrow), definition(*wide)
     got = [y.detach(), *torch.autograd.grad(y, narrow, dy.to(device))]
     want = [expected.detach(), *torch.autograd.grad(expected, wide, dy.double())]
     allowed = {torch.float32: 2e-5, torch.float16: 2e-3}.get(dtype, 1.6e-2)
@@ -168,6 +287,8 @@ def error_of_kernels(device: torch.device, dtype: torch.dtype, K: int, block: in
 
 
 causal_kernel = Kernel("attention", lambda device, dtype, sizes: error_of_kernels(device, dtype, sizes[0], 0),
-                       sources=("attention_backward", "attention_hopper", "attention_hopper_backward"))
+                       sources=("attention_backward", "attention_hopper", "attention_hopper_backward", "rotary"))
+rotary_kernel = Kernel("rotary_attention", lambda device, dtype, sizes: error_of_rotary(device, dtype, sizes[0]),
+                       sources=causal_kernel.sources, file="attention")
 block_kernel = Kernel("block_attention", lambda device, dtype, sizes: error_of_kernels(device, dtype, sizes[0], 48),
                       sources=("attention_backward",), file="attention")
