@@ -11,7 +11,7 @@ from cases import Case, tiny
 import zoo
 from zoo import ZooError
 from zoo.bench.timing import Timing, interleave
-from zoo.bench.train import COLUMNS, Side, bench_train, table, to_csv, training_step
+from zoo.bench.train import COLUMNS, Side, Step, bench_train, table, to_csv
 from zoo.bench.train_peers import PlainDecoder, decoder_flops
 from zoo.sizing import SIZES, Size
 
@@ -80,7 +80,7 @@ def test_the_budget_ends_the_rounds(clock: Clock) -> None:
 def test_the_step_that_is_timed_trains() -> None:
     model = tiny(Case("transformer", ()), vocab_size=256)
     batch = torch.randint(256, (2, 17))
-    step = training_step(Side("transformer", "zoo", model, model.loss, 1), batch)
+    step = Step(Side("transformer", "zoo", model, model.loss, 1), batch)
     before = model.loss(batch[:, :-1], batch[:, 1:]).item()
     for _ in range(20):
         step()
@@ -142,7 +142,7 @@ def test_the_plain_decoder_is_one() -> None:
     torch.manual_seed(0)
     model = PlainDecoder(Size(2, 16, 2), 256, 16)
     batch = torch.randint(256, (2, 17))
-    step = training_step(Side("transformer", "plain-decoder", model, model.loss, 1), batch)
+    step = Step(Side("transformer", "plain-decoder", model, model.loss, 1), batch)
     before = model.loss(batch[:, :-1], batch[:, 1:]).item()
     for _ in range(30):
         step()

@@ -267,11 +267,15 @@ def test_wandb_online_without_a_login_is_one_line(corpus: Path, tmp_path: Path,
     assert not checkpoint.list_steps(tmp_path / "run" / "checkpoints")
 
 
-def test_profile_writes_a_table(corpus: Path, tmp_path: Path) -> None:
+def test_profile_writes_a_table_and_a_trace(corpus: Path, tmp_path: Path) -> None:
     train(config(corpus, tmp_path / "run", debug__profile=2, steps=6, sample_tokens=0))
     table = (tmp_path / "run" / "profile.txt").read_text()
     assert "aten::" in table
     assert "Self CPU" in table
+    events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    steps = [event for event in events if event.get("name", "").startswith("Optimizer.step#AdamW.step")]
+    assert len(steps) == 2
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"profile.txt", "trace.json", "metrics.csv"}
 
 
 # How a run ends badly

@@ -1,4 +1,8 @@
-"""Training speed of the architectures side by side: a bare loop of forward, backward, clipping and AdamW."""
+"""Training speed of the architectures side by side: a bare loop of forward, backward, clipping and AdamW.
+
+On a GPU each side is compiled whole and its passes are replayed as a CUDA graph: the zoo's by the functions that
+training calls, the peers' in the same way.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,8 @@ from zoo.errors import ZooError, choose
 from zoo.mixers import list_mixers
 from zoo.model import LanguageModel
 from zoo.sizing import SIZES, create_model
-from zoo.training.compiling import compile_in_place
+from zoo.training.capture import Captured
+from zoo.training.compiling import compiled_loss
 from zoo.training.hardware import device_name, peak_flops
 
 COLUMNS = ("model", "impl", "size", "T", "batch_tokens", "tokens_per_s", "mfu", "peak_mib", "first_step_s")
@@ -56,36 +61,52 @@ class Side:
 def zoo_side(name: str, size: str, seq_len: int, device: torch.device, compiled: bool) -> Side:
     """An architecture of the zoo, compiled as training compiles it."""
     model = create_model(name, size, seq_len=seq_len).to(device).train()
-    if compiled:
-        compile_in_place(model)
-    return Side(name, "zoo", model, model.loss, model.flops(seq_len))
+    nats: Callable[..., Tensor] = compiled_loss(model) if compiled else model.loss
+
+    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        return nats(inputs, targets, reduction="sum") / targets.numel()
+
+    return Side(name, "zoo", model, loss, model.flops(seq_len))
 
 
 def peer_side(impl: str, size: str, seq_len: int, device: torch.device, compiled: bool) -> Side:
     """A decoder from elsewhere, compiled whole, with its loss."""
     shape = SIZES[choose("size", size, SIZES)]
     model = train_peers.PEERS[impl](shape, 256, seq_len).to(device).train()
-    loss = torch.compile(model.loss) if compiled else model.loss
+    loss = torch.compile(model.loss, dynamic=False) if compiled else model.loss
     return Side("transformer", impl, model, loss, train_peers.decoder_flops(model, shape, seq_len))
 
 
-def training_step(side: Side, batch: Tensor) -> Callable[[], None]:
-    """One optimiser step on tokens [B, T + 1] as a call; bf16 autocast on a GPU, float32 on a CPU, as in training."""
-    device, module = batch.device, side.module
-    groups: Any = module.parameter_groups(lr=1e-3, weight_decay=0.1) if isinstance(module, LanguageModel) else \
-        module.parameters()
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+class Step:
+    """One optimiser step on tokens [B, T + 1] as a call; bf16 autocast on a GPU, float32 on a CPU, as in training.
 
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = side.loss(inputs, targets)
+    beside: another model's, not called in the middle of this one, whose memory the recorded passes use again.
+    """
+
+    def __init__(self, side: Side, batch: Tensor, beside: Step | None = None):
+        module, self.device = side.module, batch.device
+        groups: Any = module.parameter_groups(lr=1e-3, weight_decay=0.1) if isinstance(module, LanguageModel) else \
+            module.parameters()
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        self.batch = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        self.loss, self.parameters = side.loss, list(module.parameters())
+        self.captured: Captured | None = None
+        if self.device.type == "cuda":
+            self.captured = Captured(self.passes, self.parameters, adds=False,
+                                     beside=None if beside is None else beside.captured)
+
+    def passes(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Forward and back."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss = self.loss(inputs, targets)
         loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
-    return step
+    def __call__(self) -> None:
+        (self.captured or self.passes)(*self.batch)
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        (self.captured or self.optimizer).zero_grad()
 
 
 def bench_train(models: Sequence[str] | None = None, *, device: torch.device, size: str = "nano", seq_len: int = 256,
@@ -95,13 +116,13 @@ def bench_train(models: Sequence[str] | None = None, *, device: torch.device, si
 
     -> (rows in order of speed, what was left out with the reason). All architectures if `models` is None; of those, one
     that cannot be built at this size and length is left out, while one asked for by name raises its ZooError. With
-    `peers` the decoders of `train_peers` take part. On a GPU every side is compiled.
+    `peers` the decoders of `train_peers` take part.
     """
     if seq_len < 1 or batch_tokens < seq_len or batch_tokens % seq_len:
         raise ZooError(f"batch_tokens={batch_tokens} is not allowed at seq_len={seq_len}: a multiple of it")
     on_gpu, rows = device.type == "cuda", batch_tokens // seq_len
     tokens = torch.randint(256, (rows, seq_len + 1), generator=torch.Generator().manual_seed(0)).to(device)
-    steps: dict[str, Callable[[], None]] = {}
+    steps: dict[str, Step] = {}
     built: dict[str, tuple[Side, float, float | None]] = {}
     left_out: dict[str, str] = {}
     for name in (*(models or list_mixers()), *(train_peers.PEERS if peers else ())):
@@ -117,13 +138,14 @@ def bench_train(models: Sequence[str] | None = None, *, device: torch.device, si
             left_out[name] = str(error)
             continue
         start = time.perf_counter()
-        steps[name] = training_step(side, tokens)
-        steps[name]()
+        step = Step(side, tokens, beside=next(iter(steps.values()), None))
+        step()
         synchronize(device)
+        steps[name] = step
         first_step, peak = time.perf_counter() - start, None
-        if on_gpu:  # of the second step: in the first, the optimiser's state did not yet stand beside the activations
+        if on_gpu:  # of the second step, which is recorded: in the first, there was no optimiser's state beside it yet
             torch.cuda.reset_peak_memory_stats(device)
-            steps[name]()
+            step()
             peak = (torch.cuda.max_memory_allocated(device) - before) / 2**20
         built[name] = side, first_step, peak
     if not steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -228,12 +229,15 @@ class StopAt(Callback):
 
 
 class Profile(Callback):
-    """OUT/profile.txt: the operators of some steps, by the time they took."""
+    """Some steps as they ran: OUT/trace.json for a trace viewer, OUT/profile.txt the operators by the time they took.
 
-    warmup = 3
+    Of a pass that is replayed as a CUDA graph, only the kernels are seen; trainer.compile=false shows whose they are.
+    """
 
-    def __init__(self, steps: int, last_step: int, file: Path):
-        self.steps, self.last_step, self.file, self.seen = steps, last_step, file, 0
+    warmup = 3  # the first compiles, the second is recorded
+
+    def __init__(self, steps: int, last_step: int, out: Path):
+        self.steps, self.last_step, self.out, self.seen = steps, last_step, out, 0
         self.profiler: torch.profiler.profile | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -246,7 +250,13 @@ class Profile(Callback):
         if self.profiler is None or (self.seen < self.warmup + self.steps and trainer.global_step < self.last_step):
             return
         profiler, self.profiler = self.profiler, None
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
         profiler.stop()
         order = f"self_{pl_module.device.type}_time_total"
         table = profiler.key_averages().table(order, row_limit=40, max_name_column_width=80)
-        files.write_file(self.file, table.encode())
+        files.write_file(self.out / "profile.txt", table.encode())
+        with tempfile.TemporaryDirectory(dir=self.out) as folder:
+            written = Path(folder, "trace.json")
+            profiler.export_chrome_trace(str(written))
+            written.replace(self.out / "trace.json")

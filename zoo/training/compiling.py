@@ -1,11 +1,27 @@
-"""What torch.compile gets of a model: in place, so that parameters keep their names."""
+"""What torch.compile gets of a model. Parameters keep their names, and the model itself runs as it did."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
 
 from zoo.model import LanguageModel
 
 
+def compiled_loss(model: LanguageModel) -> Callable[..., Tensor]:
+    """`model.loss` as one graph, so that each sum of the residual stream is read and written with the norm after it.
+
+    Shapes are built in: there are two at most, a micro-batch and a shorter last one.
+    """
+    import torch._dynamo.config as dynamo  # a second's work, which who does not compile is spared
+
+    dynamo.recompile_limit = max(64, dynamo.recompile_limit)  # past it code runs uncompiled: a sweep has many models
+    return torch.compile(model.loss, dynamic=False)
+
+
 def compile_in_place(model: LanguageModel) -> None:
-    """Compile each block. Blocks are alike, so that the first one's code serves all."""
+    """Compile each block by itself. Blocks are alike, so that the first one's code serves all."""
     for block in model.blocks:
         block.compile()

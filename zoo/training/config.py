@@ -58,7 +58,8 @@ class Hardware:
     """What the run computes on. None of it changes which numbers are trained on, nor in which order.
 
     devices: processes that share the work, started by torchrun; null: as many as it started. micro_batch: tokens that
-    one device sees at a time, null for its whole part of a batch. compile: torch.compile of each block, in place.
+    one device sees at a time, null for its whole part of a batch. compile: torch.compile of the loss, or of each block
+    under fsdp; on a single GPU the passes forward and back are a CUDA graph too.
     """
 
     accelerator: Literal["cpu", "gpu"] = "cpu"
@@ -86,7 +87,8 @@ class Logging:
 
 @dataclass(frozen=True)
 class Debug:
-    """overfit: every step trains on the batch of step 0. profile: a table of where the time of so many steps went."""
+    """overfit: every step trains on the batch of step 0. profile: table and trace of where so many steps
+    spent their time."""
 
     overfit: bool = False
     profile: int = 0

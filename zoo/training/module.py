@@ -20,8 +20,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from zoo.model import LanguageModel
 from zoo.training import finite
+from zoo.training.capture import Captured
 from zoo.training.checkpoint import FORMAT
-from zoo.training.compiling import compile_in_place
+from zoo.training.compiling import compile_in_place, compiled_loss
 from zoo.training.config import Config
 
 Batch = tuple[Tensor, Tensor]
@@ -49,10 +50,17 @@ class TrainingModule(LightningModule):
         self.loss = self.grad_norm = torch.zeros(())  # of the last step; read by the monitor only when it shows them
         self.lr = 0.0
         self.look_later = config.trainer.accelerator == "gpu"
-        self.unchecked: tuple[int, Tensor, Tensor] | None = None
+        self.unchecked: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+        self.spoilt: Tensor | None = None  # whether a step so far was not finite
         self.restored_rng: list[dict[str, Any]] | None = None
-        if config.trainer.compile:
+        hardware, self.compiled, self.captured = config.trainer, None, None
+        if hardware.compile and hardware.strategy == "fsdp":  # it gathers a block's weights outside of what is compiled
             compile_in_place(model)
+        elif hardware.compile:
+            self.compiled = compiled_loss(model)
+            if hardware.accelerator == "gpu" and hardware.strategy == "single":
+                parts = hardware.micro_batch is not None and hardware.micro_batch < config.batch_tokens
+                self.captured = Captured(self._pass, list(model.parameters()), adds=parts)
 
     def configure_model(self) -> None:
         if self.run.trainer.strategy != "fsdp" or isinstance(self.model, FSDPModule):
@@ -78,15 +86,21 @@ class TrainingModule(LightningModule):
         count = self._sum((targets != -100).sum())
         rows = len(tokens) if self.run.trainer.micro_batch is None else self.run.trainer.micro_batch // self.run.seq_len
         parts = list(zip(tokens.split(rows), targets.split(rows), strict=True))
-        nats = torch.zeros((), device=tokens.device)
+        nats, scale = torch.zeros((), device=tokens.device), self.trainer.world_size / count
         for index, part in enumerate(parts):
             with self._gradients_stay_here(index + 1 < len(parts)):
-                part_nats = self.model.loss(*part, reduction="sum")
-                # Ranks' gradients are averaged, hence the factor.
-                self.manual_backward(part_nats * (self.trainer.world_size / count))
-            nats += part_nats.detach()
+                nats += (self.captured or self._pass)(*part, scale)
         self.loss = self._sum(nats) / count
         self._update(optimizer, step)
+
+    def _pass(self, tokens: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+        """Forward and back: the nats of a micro-batch, whose gradients times `scale` are added to the parameters'.
+
+        scale: of ranks, whose gradients are averaged, over the targets of the whole step.
+        """
+        nats = (self.compiled or self.model.loss)(tokens, targets, reduction="sum")
+        self.manual_backward(nats * scale)
+        return nats.detach()
 
     def _update(self, optimizer: LightningOptimizer, step: int) -> None:
         norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
@@ -95,22 +109,39 @@ class TrainingModule(LightningModule):
             clip_grads_with_norm_(self.model.parameters(), self.run.optim.clip, self.grad_norm)
         bad = ~(self.loss + self.grad_norm).isfinite()
         if self.look_later:
-            # Looked at one step later, so that the host never waits for the device; until then the fused update itself
-            # leaves the weights alone (as it does for a gradient scaler).
-            optimizer.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-            self.check_finite()
-            self.unchecked = (step, self.loss, self.grad_norm)
+            # Looked at when the next step has been given to the device, so that it never waits for the host; until then
+            # the fused update itself leaves the weights alone (as it does for a gradient scaler), also in that step.
+            self.spoilt = bad if self.spoilt is None else self.spoilt | bad
+            optimizer.optimizer.found_inf = self.spoilt.float()  # type: ignore[attr-defined]
         elif bad:
             raise finite.report(self, step, float(self.loss), float(self.grad_norm))
         optimizer.step()
-        optimizer.zero_grad()
+        if self.captured is not None:
+            self.captured.zero_grad()
+        else:
+            optimizer.zero_grad()
+        if self.look_later:
+            on_its_way = self._brought_over()
+            self.check_finite()
+            self.unchecked = step, *on_its_way
+
+    def _brought_over(self) -> tuple[Tensor, torch.cuda.Event | None]:
+        """The step's loss and gradient norm on the host, and what to wait for before they are read."""
+        figures = torch.stack((self.loss, self.grad_norm)).to("cpu", non_blocking=True)
+        if self.device.type != "cuda":
+            return figures, None
+        arrived = torch.cuda.Event(blocking=True)
+        arrived.record()
+        return figures, arrived
 
     def check_finite(self) -> None:
         """Raise ZooError if the last step that was not looked at yet had a loss or gradient that is not finite."""
         if self.unchecked is not None:
-            (step, loss, norm), self.unchecked = self.unchecked, None
-            if not (loss + norm).isfinite():
-                raise finite.report(self, step, float(loss), float(norm))
+            (step, figures, arrived), self.unchecked = self.unchecked, None
+            if arrived is not None:
+                arrived.synchronize()
+            if not figures.isfinite().all():
+                raise finite.report(self, step, *figures.tolist())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Nats of this device's targets [B, T], 0 where there is none."""
