@@ -97,7 +97,7 @@ def test_recordings_share_their_memory() -> None:
 @pytest.mark.parametrize("micro_batch", [None, 96])
 def test_a_recorded_run_is_the_run(model: str, micro_batch: int | None, tmp_path: Path,
                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole and cut in the middle, against the same compiled code called each time; with dropout, and with micro-batches
+    """Whole and cut in the middle, against the same compiled code called each time; with dropout, and micro-batches
     of which the last is shorter."""
     corpus, changes = write_corpus(tmp_path), GPU | {"model": {"name": model}, "trainer__micro_batch": micro_batch,
                                                      "sample_tokens": 4}
