@@ -16,21 +16,23 @@ from zoo.training.loggers import read_rows
 # Model, and what its run begins under and goes on under. RWKV has a parameter group with a rate of its own.
 RUNS = ("transformer", "ddp", "ddp"), ("transformer", "fsdp", "fsdp"), ("rwkv", "ddp", "fsdp"), ("rwkv", "fsdp", "ddp")
 SCRIPT = f"""
-import sys
+import functools, sys
 from pathlib import Path
 import torch
 from training_runs import config, train
 torch.set_num_threads(1)
+torch.compile = functools.partial(torch.compile, backend="eager")  # traced, without code that takes minutes
 corpus, out = map(Path, sys.argv[1:])
 for model, *strategies in {RUNS}:
     for strategy, steps, resume in zip(strategies, (6, 12), (None, "auto")):
         train(config(corpus, out / "-".join([model, *strategies]), model={{"name": model}}, dropout=0.0, steps=steps,
-                     resume=resume, schedule={{"name": "wsd"}}, trainer={{"strategy": strategy, "micro_batch": 32}}))
+                     resume=resume, schedule={{"name": "wsd"}},
+                     trainer={{"strategy": strategy, "micro_batch": 32, "compile": resume is not None}}))
 """
 
 
 def test_distributed_is_the_same_run(tmp_path: Path) -> None:
-    """Two processes, micro-batches and a resume, against one process."""
+    """Two processes, micro-batches and a resume, then compiled, against one process."""
     corpus = write_corpus(tmp_path)
     (tmp_path / "script.py").write_text(SCRIPT)
     launched = subprocess.run(

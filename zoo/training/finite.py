@@ -36,8 +36,9 @@ def first_bad(module: TrainingModule, step: int) -> str:
 
     hooks = [part.register_forward_hook(look) for part in names]
     try:
-        tokens, targets = (part.to(module.device) for part in module.batch_of(step))
+        module.captured = None  # its memory may be needed
         model.zero_grad()
+        tokens, targets = (part.to(module.device) for part in module.batch_of(step))
         with module.trainer.precision_plugin.forward_context():
             loss = model.loss(tokens, targets)
         if found:

@@ -165,6 +165,11 @@ class TrainingModule(LightningModule):
             return strategy.block_backward_sync()
         return nullcontext()
 
+    def teardown(self, stage: str) -> None:
+        """The recording's memory is wanted for what comes after training, and for a sweep's next job."""
+        self.captured = None
+        self.model.zero_grad()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if not isinstance(self.model, FSDPModule):
             optimizer = cast(LightningOptimizer, self.optimizers())
