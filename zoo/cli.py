@@ -119,9 +119,7 @@ def reproduce(
     print("step  stored  here    difference")
     for step, stored, here in found.losses:
         print(f"{step:<5} {stored:.4f}  {here:.4f}  {here - stored:+.5f}")
-    difference, where = found.largest
-    print(f"{'reproduced' if found.holds else 'not reproduced'}: losses differ by up to {difference:.2g} nats a token, "
-          f"at step {where}; allowed: {found.tolerance:g}")
+    print(found.verdict())
     raise typer.Exit(0 if found.holds else 1)
 
 
