@@ -25,6 +25,7 @@ from zoo.kernels.attention import (
     tile,
     tiling,
 )
+from zoo.kernels.rotary import turned
 
 
 @triton.jit
@@ -57,12 +58,12 @@ def rows_gradient(b_dq, b_rest, b_pk, b_q, b_dy, b_lse, b_delta, d_k, d_v, i_b, 
 @triton.jit(do_not_specialize=VARYING)
 def dq_kernel(
     d_k, d_v, d_ks, d_vs, p_q, p_k, p_v, p_ks, p_vs, p_y, p_dy, p_lse, p_delta, p_dq, p_tiles, p_borders, p_entries,
-    T, NT, HEADS, SECTION, scale, exponent_scale,
+    p_table, T, NT, HEADS, SECTION, scale, exponent_scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, ks_b, ks_t, ks_h, vs_b, vs_t, vs_h, y_b, y_t, y_h, dy_b, dy_t, dy_h,
     dq_b, dq_t, dq_h,
     H: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, DOCUMENTS: tl.constexpr,
     K: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, DESCRIBED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TURNED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """dq, and on the way D, which `dkdv_kernel` needs."""
     BOUNDED: tl.constexpr = DESCRIBED and not DOCUMENTS
@@ -113,7 +114,10 @@ def dq_kernel(
         b_dq -= b_rest[:, None] * b_pk
         b_delta += b_rest
     tl.store(p_delta + o_row, b_delta, mask=o_t < length)
-    put(p_dq + i_b * dq_b + start * dq_t + i_h * dq_h, b_dq * scale, a, dq_t, length, K)
+    b_dq *= scale
+    if TURNED:
+        b_dq = turned(b_dq, p_table, start + o_t, o_t < length, -1.0, BK)
+    put(p_dq + i_b * dq_b + start * dq_t + i_h * dq_h, b_dq, a, dq_t, length, K)
 
 
 @triton.jit
@@ -158,11 +162,11 @@ def keys_gradient(b_dk, b_dv, b_k, b_v, d_q, d_dy, d_lse, d_delta, i_b, i_h, sta
 @triton.jit(do_not_specialize=[*VARYING, "S"])
 def dkdv_kernel(
     d_q, d_dy, d_lse, d_delta, p_q, p_k, p_v, p_dy, p_lse, p_delta, p_dk, p_dv, p_tiles, p_borders, p_entries,
-    T, S, NT, HEADS, SECTION, scale, exponent_scale,
+    p_table, T, S, NT, HEADS, SECTION, scale, exponent_scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dy_b, dy_t, dy_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h,
     H: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SUMMARIES: tl.constexpr,
     DOCUMENTS: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
-    DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """dk and dv of BS keys, which with SUMMARIES are those of block attention: p_k, p_v have S rows in all."""
     BOUNDED: tl.constexpr = DESCRIBED and not DOCUMENTS
@@ -215,14 +219,22 @@ def dkdv_kernel(
                                        o_row.to(tl.int32), p_q_, p_dy_, p_lse + o_row, p_delta + o_row, q_t, dy_t, full,
                                        whole, 0, o_low, o_high, length, exponent_scale, K, BT, BK, False, DESCRIBED,
                                        LINES, PRECISION)
-    put(p_dk + i_b * dk_b + first_key * dk_t + i_g * dk_h, b_dk * scale, a, dk_t, keys, K)
+    b_dk *= scale
+    if TURNED:
+        b_dk = turned(b_dk, p_table, first_key + o_s, o_s < keys, -1.0, BK)
+    put(p_dk + i_b * dk_b + first_key * dk_t + i_g * dk_h, b_dk, a, dk_t, keys, K)
     put(p_dv + i_b * dv_b + first_key * dv_t + i_g * dv_h, b_dv, a, dv_t, keys, K)
 
 
 def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, k_past: Tensor | None, v_past: Tensor | None, y: Tensor,
              lse: Tensor, scale: float, block: int, rank: int, cu_seqlens: Tensor | None,
-             out: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """-> dq, dk, dv, which are `out` if given (channels side by side), and the gradients of the summaries."""
+             out: tuple[Tensor, ...] | None = None, table: Tensor | None = None,
+             past_table: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """-> dq, dk, dv, which are `out` if given (channels side by side), and the gradients of the summaries.
+
+    With a table of phases [T, 2, K // 2], K a power of two of at least 16, dq and dk are turned back by it (rotary.py);
+    those of the summaries by one [M rank, 2, K // 2].
+    """
     B, T, H, K = q.shape
     dy, q, k, v = (plain(x) for x in (dy, q, k, v))
     k_past, v_past = (None if x is None else plain(x) for x in (k_past, v_past))
@@ -237,7 +249,7 @@ def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, k_past: Tensor | None,
     by_tma = describable(dy, q, *keys) and lse.numel() < 2**31
     group = H // k.shape[2]
     common = {"H": H, "C": block, "R": rank, "K": K, "DOCUMENTS": cu_seqlens is not None, "DESCRIBED": by_tma,
-              "PRECISION": precision(q.dtype)}
+              "TURNED": table is not None, "PRECISION": precision(q.dtype)}
     first = entries(cu_seqlens, block)
     BK, (BT, BS, warps, stages) = tiling("dq", q, by_tma)
     tiles = None if cu_seqlens is None else document_chunks(cu_seqlens, T, BT)
@@ -245,8 +257,8 @@ def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, k_past: Tensor | None,
     with torch.cuda.device_of(q):
         dq_kernel[(NT * B * H,)](
             *(described(x, BS) if by_tma else None for x in keys),
-            q, *keys, y, dy, lse, delta, dq, tiles, cu_seqlens, first, T, NT, B * H, section(k) * group,
-            scale, scale * LOG2E.value, *strides(q), *(n for x in keys for n in strides(x)),
+            q, *keys, y, dy, lse, delta, dq, tiles, cu_seqlens, first, table, T, NT, B * H,
+            section(k) * group, scale, scale * LOG2E.value, *strides(q), *(n for x in keys for n in strides(x)),
             *strides(y), *strides(dy), *strides(dq), GROUP=group, BT=BT, BS=BS, BK=BK, num_warps=warps,
             num_stages=stages, **common)
         BK, (BT, BS, warps, stages) = tiling("dkdv", q, by_tma)
@@ -265,10 +277,11 @@ def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, k_past: Tensor | None,
                 NT = len(tiles)
             shared = 1 if summaries else group
             dkdv_kernel[(NT * B * k_.shape[2],)](
-                *rows, q, k_, v_, dy, lse, delta, dk_, dv_, tiles, cu_seqlens, first, T, S, NT, B * k_.shape[2],
-                max(1, section(q) // shared), scale, scale * LOG2E.value, *strides(q), *strides(k_), *strides(v_),
-                *strides(dy), *strides(dk_), *strides(dv_), GROUP=shared, SUMMARIES=summaries, BT=BT, BS=BS, BK=BK,
-                num_warps=warps, num_stages=stages, **common)
+                *rows, q, k_, v_, dy, lse, delta, dk_, dv_, tiles, cu_seqlens, first,
+                past_table if summaries else table, T, S, NT, B * k_.shape[2], max(1, section(q) // shared), scale,
+                scale * LOG2E.value, *strides(q), *strides(k_), *strides(v_), *strides(dy), *strides(dk_),
+                *strides(dv_), GROUP=shared, SUMMARIES=summaries, BT=BT, BS=BS, BK=BK, num_warps=warps,
+                num_stages=stages, **common)
     return dq, dk, dv, dk_past, dv_past
 
 

@@ -20,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from zoo.kernels._common import LOG2E, power_of_two
 from zoo.kernels.attention import VARYING, describable, section
 from zoo.kernels.attention_hopper import STAGES, N, barrier, described, fetch, place, product, put, ring
-from zoo.kernels.rotary import turn
+from zoo.kernels.rotary import in_registers, turn
 
 
 @gluon.jit
@@ -257,7 +257,7 @@ def backward_in_row(dqkv: Tensor, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y
                     table: Tensor) -> None:
     """dq, dk, dv side by side into dqkv [B, T, H + 2 G, K] without gaps; dq and dk turned back (rotary.py)."""
     H, G, K = q.shape[2], k.shape[2], q.shape[3]
-    inside = power_of_two(K) == K
+    inside = in_registers(K)
     out = dqkv[:, :, :H], dqkv[:, :, H : H + G], dqkv[:, :, H + G :]
     write(*out, dy, q, k, v, y, lse, scale, table if inside else None)
     if not inside:  # a pair's channels are in two threads

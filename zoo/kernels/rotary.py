@@ -12,6 +12,18 @@ from zoo.kernels._common import cdiv, power_of_two
 TILE = 1024  # channel pairs of a head at a time: 8 to each of 128 threads, which are 16 bytes of bf16
 
 
+@triton.jit
+def turned(b, p_table, o_t, m_t, sign, K: tl.constexpr):
+    """Rows b [N, K] of a tile, K a power of two, by sign times the phases of the rows o_t where m_t, else to 0."""
+    HALF: tl.constexpr = K // 2
+    p_table += o_t.to(tl.int64)[:, None] * K + tl.arange(0, HALF)[None, :]
+    b_cos = tl.load(p_table, mask=m_t[:, None], other=0.0)
+    b_sin = tl.load(p_table + HALF, mask=m_t[:, None], other=0.0) * sign
+    b_a, b_b = tl.split(tl.permute(tl.reshape(b, [b.shape[0], 2, HALF]), (0, 2, 1)))
+    b = tl.join(b_a * b_cos - b_b * b_sin, b_b * b_cos + b_a * b_sin)
+    return tl.reshape(tl.permute(b, (0, 2, 1)), [b.shape[0], K])
+
+
 @triton.jit(do_not_specialize=["T", "NT"])
 def turn_kernel(p_x, p_y, p_table, T, NT, sign, x_b, x_t, x_h, y_b, y_t, y_h, H: tl.constexpr, K: tl.constexpr,
                 BT: tl.constexpr, BK: tl.constexpr):
@@ -34,6 +46,11 @@ def turn_kernel(p_x, p_y, p_table, T, NT, sign, x_b, x_t, x_h, y_b, y_t, y_h, H:
         if K % 2:  # the odd channel stays as it is
             last = (o_t < T)[:, None] & (o_k == 0)[None, :]
             tl.store(p_y + i_h * y_h + 2 * HALF, tl.load(p_x + i_h * x_h + 2 * HALF, mask=last), mask=last)
+
+
+def in_registers(K: int) -> bool:
+    """Whether `turned` takes tiles with heads of K."""
+    return K >= 16 and power_of_two(K) == K
 
 
 def turn(x: Tensor, table: Tensor, *, out: Tensor | None = None, back: bool = False) -> Tensor:

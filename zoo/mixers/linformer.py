@@ -26,6 +26,8 @@ from zoo.errors import ZooError
 from zoo.layers import enlarged, head_dim, rotary, small_init_, token_positions
 from zoo.ops.attention import block_attention, masked_attention
 from zoo.ops.linear_attention import linear_attention
+from zoo.ops.rotary import phases, turn
+from zoo.ops.summary_attention import summaries, summary_attention
 
 
 class Linformer(SequenceMixer):
@@ -48,19 +50,19 @@ class Linformer(SequenceMixer):
         self.out = nn.Linear(dim, dim, bias=False)
         self.max_len = None if variant == "block" else seq_len
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).chunk(3, dim=2)  # [B, T, H, K] each
-        return q, k, v
+    def project(self, x: Tensor) -> Tensor:
+        """x [B, T, D] -> queries, keys and values [B, T, 3 H, K]."""
+        return self.qkv(x).unflatten(-1, (-1, self.head_dim))
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        return self.out(self.memory(*self.project(x), cu_seqlens).flatten(-2))
+        return self.out(self.memory(self.project(x), cu_seqlens).flatten(-2))
 
     def init_state(self, batch_size: int, max_len: int, *, device: torch.device | str | None = None,
                    dtype: torch.dtype = torch.float32) -> State:
         return self.memory.init_state(batch_size, max_len, device, dtype)
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        q, k, v = self.project(x)
+        q, k, v = self.project(x).chunk(3, dim=2)
         y, state = self.memory.extend(q, k, v, state)
         return self.out(y.flatten(-2)), state
 
@@ -88,24 +90,23 @@ class BlockMemory(nn.Module):
         self.E = nn.Parameter(torch.empty(heads, rank, block))
         self.F = nn.Parameter(torch.empty(heads, rank, block))
 
-    def summarise(self, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-        """Blocks k, v [B, M, C, H, K] that begin at `starts` [M] or [B, M] -> turned E k and F v, [B, M, R, H, K]."""
-        k_summary = torch.einsum("hrc,bmchk->bmrhk", self.E.to(k.dtype), k)
-        v_summary = torch.einsum("hrc,bmchk->bmrhk", self.F.to(v.dtype), v)
-        spread = (torch.arange(self.rank, device=k.device).double() + 0.5) * (self.block / self.rank) - 0.5
+    def phases_of(self, x: Tensor, starts: Tensor) -> Tensor:
+        """Phases [.., M R, 2, K // 2] of the summaries of blocks that begin at `starts` [.., M]; x has their dtype."""
+        spread = (torch.arange(self.rank, device=x.device).double() + 0.5) * (self.block / self.rank) - 0.5
         positions = (starts.unsqueeze(-1) + spread).flatten(-2)
-        return rotary(k_summary.flatten(1, 2), positions).view_as(k_summary), v_summary
+        return phases(positions, self.head_dim, dtype=torch.promote_types(x.dtype, torch.float32))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        T, C = q.shape[1], self.block
-        positions = token_positions(q, cu_seqlens)
-        if cu_seqlens is not None:
-            k_summary, v_summary = self.summarise(*self.document_blocks(k, v, cu_seqlens))
-            return block_attention(rotary(q, positions), rotary(k, positions), v, k_summary, v_summary, C, cu_seqlens)
-        finished = positions[: (T - 1) // C * C]  # the last block, even where it is full, has nobody after it
-        k_blocks, v_blocks = (x[:, : len(finished)].unflatten(1, (len(finished) // C, C)) for x in (k, v))
-        k_summary, v_summary = self.summarise(k_blocks, v_blocks, finished[::C])
-        return block_attention(rotary(q, positions), rotary(k, positions), v, k_summary, v_summary, C)
+    def forward(self, qkv: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        T, C = qkv.shape[1], self.block
+        positions = token_positions(qkv, cu_seqlens)
+        table = phases(positions, self.head_dim, dtype=torch.promote_types(qkv.dtype, torch.float32))
+        if cu_seqlens is None:  # the last block, even where it is full, has nobody after it
+            past_table = self.phases_of(qkv, positions[: (T - 1) // C * C : C])
+            return summary_attention(qkv, self.E, self.F, table, past_table)
+        q, k, v = qkv.chunk(3, dim=2)
+        k_blocks, v_blocks, starts = self.document_blocks(k, v, cu_seqlens)
+        past = summaries(k_blocks, v_blocks, self.E, self.F, self.phases_of(k, starts))
+        return block_attention(turn(q, table), turn(k, table), v, *past, C, cu_seqlens)
 
     def document_blocks(self, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """k, v [1, T, H, K] -> their blocks [1, M, C, H, K], and where each begins in its document [M].
@@ -161,7 +162,8 @@ class BlockMemory(nn.Module):
         k_summary, v_summary = enlarged(state["k_summary"], room), enlarged(state["v_summary"], room)
         if finishing:
             first = start[finishing]
-            done = self.summarise(k_window[finishing, None, :C], v_window[finishing, None, :C], first.unsqueeze(1))
+            done = summaries(k_window[finishing, None, :C], v_window[finishing, None, :C], self.E, self.F,
+                             self.phases_of(k_window, first.unsqueeze(1)))
             k_summary[finishing, first // C], v_summary[finishing, first // C] = (x.squeeze(1).to(dtype) for x in done)
 
         block_of = positions.unsqueeze(-1) // C
@@ -200,8 +202,9 @@ class PrefixMemory(nn.Module):
         self.E = nn.Parameter(torch.empty(heads, rank, seq_len))
         self.F = nn.Parameter(torch.empty(heads, rank, seq_len))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        B, T = q.shape[:2]
+    def forward(self, qkv: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        B, T = qkv.shape[:2]
+        q, k, v = qkv.chunk(3, dim=2)
         if cu_seqlens is None:
             E, F = (projection[:, :, :T].permute(2, 0, 1).contiguous().expand(B, -1, -1, -1)  # one copy for all rows
                     for projection in (self.E, self.F))

@@ -136,10 +136,11 @@ def rotary_attention_backward(dy: Tensor, qkv: Tensor, turned: Tensor, table: Te
     if attention_hopper.takes(q, k, v, 0, cu_seqlens):
         attention_hopper_backward.backward_in_row(dqkv, dy, q, k, v, y, lse, scale, table)
         return dqkv
-    dqk = dqkv[:, :, : turned.shape[2]]
+    dqk, inside = dqkv[:, :, : turned.shape[2]], rotary.in_registers(qkv.shape[3])
     attention_backward.backward(dy, q, k, v, None, None, y, lse, scale, 0, 0, cu_seqlens,
-                                _parts(dqk, dqkv, y.shape[2]))
-    rotary.turn(dqk, table, out=dqk, back=True)
+                                _parts(dqk, dqkv, y.shape[2]), table if inside else None)
+    if not inside:
+        rotary.turn(dqk, table, out=dqk, back=True)
     return dqkv
 
 
@@ -249,9 +250,9 @@ def error_of_kernels(device: torch.device, dtype: torch.dtype, K: int, block: in
     def definition(q: Tensor, k: Tensor, v: Tensor, *past: Tensor) -> Tensor:
         if block:
             k, v = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
-        return _weighted(q, k, v, visible)
+        return weighted(q, k, v, visible)
 
-    return _error(kernels, definition, given, draw(B, T, H, K), device, dtype)
+    return error_of_results(kernels, definition, given, draw(B, T, H, K), device, dtype)
 
 
 def error_of_rotary(device: torch.device, dtype: torch.dtype, K: int) -> float:
@@ -263,18 +264,23 @@ def error_of_rotary(device: torch.device, dtype: torch.dtype, K: int) -> float:
 
     def definition(qkv: Tensor) -> Tensor:
         q, k, v = qkv.chunk(3, dim=2)
-        return _weighted(turn(q, table.double()), turn(k, table.double()), v, t <= t[:, None])
+        return weighted(turn(q, table.double()), turn(k, table.double()), v, t <= t[:, None])
 
-    return _error(lambda qkv: rotary_attention(qkv, table.to(device), H, None)[0], definition, [qkv], dy, device, dtype)
+    def kernels(qkv: Tensor) -> Tensor:
+        return rotary_attention(qkv, table.to(device), H, None)[0]
+
+    return error_of_results(kernels, definition, [qkv], dy, device, dtype)
 
 
-def _weighted(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+def weighted(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """Attention by its definition, to the keys that `visible` [T, S] shows."""
     scores = torch.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
     return torch.einsum("bhts,bshk->bthk", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
 
 
-def _error(kernels: Callable[..., Tensor], definition: Callable[..., Tensor], given: list[Tensor], dy: Tensor,
-           device: torch.device, dtype: torch.dtype) -> float:
+def error_of_results(kernels: Callable[..., Tensor], definition: Callable[..., Tensor], given: list[Tensor],
+                     dy: Tensor, device: torch.device, dtype: torch.dtype) -> float:
+    """The largest relative error of y and of gradients, of inputs in that dtype, as a multiple of what is allowed."""
     dy = dy.to(dtype)
     narrow = [x.to(device, dtype).requires_grad_() for x in given]
     wide = [x.to(dtype).double().requires_grad_() for x in given]
