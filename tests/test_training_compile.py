@@ -45,6 +45,25 @@ def test_a_compiled_loss_has_the_same_gradients(case: Case, traced: list[Any]) -
         torch.testing.assert_close(other.grad, plain.grad, rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_no_model_of_a_sweep_runs_uncompiled(in_place: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dynamo gives up on a function after 8 variants, without an error."""
+    seen, compile_ = [], torch.compile
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        seen.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(compile_, backend=backend))
+    tokens = tokens_of(2, 9)
+    for heads in range(1, 11):
+        model = tiny(Case("transformer", ()), layers=1, dim=16 * heads, heads=heads)
+        if in_place:
+            compiling.compile_in_place(model)
+        (model.loss if in_place else compiling.compiled_loss(model))(tokens[:, :-1], tokens[:, 1:]).backward()
+        assert len(seen) == heads
+
+
 def test_a_compiled_run(tmp_path: Path, traced: list[Any]) -> None:
     """The same figures and keys, with micro-batches of which the last is shorter; it goes on plain."""
     made = functools.partial(config, write_corpus(tmp_path), dropout=0.0, sample_tokens=4, trainer__micro_batch=96)

@@ -15,13 +15,20 @@ def compiled_loss(model: LanguageModel) -> Callable[..., Tensor]:
 
     Shapes are built in: there are two at most, a micro-batch and a shorter last one.
     """
-    import torch._dynamo.config as dynamo  # a second's work, which who does not compile is spared
-
-    dynamo.recompile_limit = max(64, dynamo.recompile_limit)  # past it code runs uncompiled: a sweep has many models
+    _expect_many_models()
     return torch.compile(model.loss, dynamic=False)
 
 
 def compile_in_place(model: LanguageModel) -> None:
     """Compile each block by itself. Blocks are alike, so that the first one's code serves all."""
+    _expect_many_models()
     for block in model.blocks:
         block.compile()
+
+
+def _expect_many_models() -> None:
+    """A sweep in one process compiles the same functions for model after model; past 8 they would run uncompiled."""
+    import torch._dynamo.config as dynamo  # a second's work, which who does not compile is spared
+
+    dynamo.recompile_limit = max(256, dynamo.recompile_limit)
+    dynamo.accumulated_recompile_limit = max(4096, dynamo.accumulated_recompile_limit)
