@@ -129,9 +129,8 @@ def test_every_library_of_the_comparison_is_known() -> None:
     assert known["sdpa-flash"].missing(small("causal_attention"), CPU) == "runs on a GPU only"
     assert "up to T=8192" in known["sdpa-mask"].missing(small("block_attention", 8193), GPU)
     assert known["sdpa-mask"].missing(small("block_attention", 8192), GPU) == ""
-    slow, = (peer for peer in ops_peers.peers("aft_simple") if peer.name == "torch-compile-safe")
-    assert slow.missing(small("aft_simple", 2048), GPU) == (
-        "measured up to T=1024: its scans take minutes to compile at each T")
+    assert "shapes of bars only" in known["torch-compile-safe"].missing(small("aft_full", 512), GPU)
+    assert known["torch-compile-safe"].missing(small("aft_full", 1024), GPU) == ""
 
 
 def test_rows_and_what_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +150,7 @@ def test_rows_and_what_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[str, float]] = []
     found, = bench_ops(["aft_simple"], device=CPU, lengths=[8, 16], budget=0,
                        progress=lambda op, done: told.append((op, done)))
-    assert told == [("aft_simple", 0), ("aft_simple", 0.5)]
+    assert told == [("importing", 0), ("aft_simple", 0), ("aft_simple", 0.5)]
     assert [(row.case.T, row.direction, row.impl) for row in found.rows] == [
         (T, direction, impl) for T in (8, 16) for direction in DIRECTIONS for impl in (EAGER, "right")]
     assert all(0 < row.timing.p20 <= row.timing.p50 <= row.timing.p80 and row.peak_mib is None for row in found.rows)
@@ -199,21 +198,19 @@ def test_shapes_of_bars_come_first_and_the_rest_may_be_cut(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("T", [1, 15, 17, 100])
 @pytest.mark.parametrize("scale", [1.0, 60.0])
-def test_safe_forms_are_right_for_keys_of_any_size(T: int, scale: float) -> None:
+def test_the_safe_form_is_right_for_keys_of_any_size(T: int, scale: float) -> None:
     """And the plain ones, their exp out of range, are not."""
     inputs = {name: x * scale if name == "k" else x for name, x in build(small("aft_full", T), CPU).inputs.items()}
-    bias = inputs.pop("bias")
-    for safe, op, more in ((ops_aft.safe_simple, aft.aft_simple, []), (ops_aft.safe_full, aft.aft_full, [bias])):
-        leaves = [x.detach().double().requires_grad_() for x in (*inputs.values(), *more)]
-        given = [x.detach().float().requires_grad_() for x in leaves]
-        got, want = safe(*given), op(*leaves)
-        torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-3)
-        if safe is ops_aft.safe_full or scale == 1:  # log(v + lift) of a value that has no weight has no digits left
-            pairs = zip(torch.autograd.grad(got.sum(), given), torch.autograd.grad(want.sum(), leaves), strict=True)
-            for g, w in pairs:
-                torch.testing.assert_close(g.double(), w, rtol=1e-3, atol=1e-3 * float(w.abs().max()))
+    leaves = [x.detach().double().requires_grad_() for x in inputs.values()]
+    given = [x.detach().float().requires_grad_() for x in leaves]
+    got, want = ops_aft.safe_full(*given), aft.aft_full(*leaves)
+    torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-3)
+    pairs = zip(torch.autograd.grad(got.sum(), given), torch.autograd.grad(want.sum(), leaves), strict=True)
+    for g, w in pairs:
+        torch.testing.assert_close(g.double(), w, rtol=1e-3, atol=1e-3 * float(w.abs().max()))
     if scale > 1 and T > 15:
-        assert not ops_aft.simple(*inputs.values()).isfinite().all()
+        assert not ops_aft.simple(*given[:3]).isfinite().all()
+        assert not ops_aft.full(*given).isfinite().all()
 
 
 def test_ceilings_bound_both_ways() -> None:
@@ -339,7 +336,7 @@ def test_the_command_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert stop.value.code == 0, said
     rows = list(csv.DictReader(out.read_text().splitlines()))
     assert {(line["impl"], line["direction"]) for line in rows} == {
-        (impl, direction) for impl in ("zoo", "zoo-eager", "torch", "torch-compile", "torch-compile-safe")
+        (impl, direction) for impl in ("zoo", "zoo-eager", "torch", "torch-compile")
         for direction in DIRECTIONS}, said
     assert "launches" not in said.out
     for line in rows:

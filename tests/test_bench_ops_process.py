@@ -96,7 +96,8 @@ def test_a_process_that_ends_takes_one_case_with_it(monkeypatch: pytest.MonkeyPa
                     "good"])
 
     class OneCase:
-        def __init__(self) -> None:
+        def __init__(self, *ops: str) -> None:
+            assert ops == ()  # nothing to import without peers
             started.append(self)
             self.ended = False
 
@@ -110,6 +111,9 @@ def test_a_process_that_ends_takes_one_case_with_it(monkeypatch: pytest.MonkeyPa
             found.leave_out(answer, f"within {limit:.0f} s", case)
             return found, answer == "good"
 
+        def ready(self) -> None:
+            assert not self.ended
+
         def end(self) -> None:
             self.ended = True
 
@@ -120,6 +124,20 @@ def test_a_process_that_ends_takes_one_case_with_it(monkeypatch: pytest.MonkeyPa
         ("all", "RuntimeError: a fault"): [4], ("spoiled", "within 300 s"): [5]}
     assert len(started) == 4
     assert all(process.ended for process in started)
+
+
+def test_what_peers_import_is_there_beforehand() -> None:
+    process = Process("linear_cross_entropy", "no op of this name")
+    process.ready()
+    modules = "list(__import__('sys').modules)"
+    try:
+        assert "torch._inductor.compile_fx" in process.ask(eval, modules)
+        process.kill()
+        process.ready()  # told when it is asked
+        with pytest.raises(EndedError):
+            process.ask(eval, modules)
+    finally:
+        process.end()
 
 
 def test_what_is_refused_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,24 +113,26 @@ def bench_ops(ops: Sequence[str] | None = None, *, device: torch.device, lengths
     planned = {op: cases(op, device, lengths) for op in chosen}
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the memory is the processes' that measure
-    rooms = _Rooms(chosen if apart or (apart is None and device.type == "cuda") else (), device)
+    rooms = _Rooms(chosen if apart or (apart is None and device.type == "cuda") else (), device, peers)
     try:
         refused: dict[ops_prepare.Unit, str] = {}
         if workers and device.type == "cuda":
             progress("compiling", 0.0)
             units = ops_prepare.units([case for op in chosen for case in planned[op]], device, peers)
             refused = ops_prepare.compile_all(units, device, workers, min(tuning, limit))
+        progress("importing", 0.0)
+        rooms.ready()
         for first in (True, False):
             for op in chosen:
                 now, found = [case for case in planned[op] if case.first == first], Found(op)
                 for count, case in enumerate(now):
                     progress(op, count / len(now))
                     why = {name: why for (name, of), why in refused.items() if of == case and name != ZOO}
-                    if peers and time.monotonic() < end:
+                    if time.monotonic() < end:
                         why |= rooms.tuned(case, min(tuning, end - time.monotonic()))
                     left = end - time.monotonic()
                     if left > 0:
-                        found.add(rooms.measure(case, peers, budget / len(planned[op]), why, limit=left))
+                        found.add(rooms.measure(case, budget / len(planned[op]), why, limit=left))
                     else:
                         late = f"not begun within the {limit:.0f} s allowed; --limit gives longer"
                         found.leave_out("all", late, case)
@@ -141,17 +143,26 @@ def bench_ops(ops: Sequence[str] | None = None, *, device: torch.device, lengths
 
 
 class _Rooms:
-    """A process for every op, and one for all tuning; they start at once, to be ready when they are needed."""
+    """A process for every op, and one for all tuning. They start at once, and stay idle while another one measures."""
 
-    def __init__(self, ops: Sequence[str], device: torch.device) -> None:
-        self._device = device
-        self._of = {op: Process() for op in ops}
-        self._tuner: Process | None = None
+    def __init__(self, ops: Sequence[str], device: torch.device, peers: bool) -> None:
+        self._device, self._peers = device, peers
+        self._of = {op: self._start(op) for op in ops}
+        tuning = [op for op in ops if peers and any(peer.tunes for peer in ops_peers.peers(op))]
+        self._tuner = Process(*tuning) if tuning else None
         self._tuned: dict[tuple[str, str, tuple[int, int, int]], str] = {}
 
-    def measure(self, case: Case, peers: bool, budget: float, refused: Mapping[str, str], limit: float) -> Found:
+    def _start(self, op: str) -> Process:
+        return Process(*[op] if self._peers else [])
+
+    def ready(self) -> None:
+        """Wait until all are."""
+        for process in self._all():
+            process.ready()
+
+    def measure(self, case: Case, budget: float, refused: Mapping[str, str], limit: float) -> Found:
         """`measure_case` in the op's process, or here where it has none."""
-        arguments = case, self._device, peers, budget, refused
+        arguments = case, self._device, self._peers, budget, refused
         if case.op not in self._of:
             return measure_case(*arguments)[0]
         found, sound = Found(case.op), False
@@ -161,17 +172,17 @@ class _Rooms:
             found.leave_out("all", str(why), case)
         if not sound:
             self._of[case.op].end()
-            self._of[case.op] = Process()
+            self._of[case.op] = self._start(case.op)
         return found
 
     def tuned(self, case: Case, limit: float) -> dict[str, str]:
         """Why the tuning of a head size did not end well, by peer; it is asked for once, where it is first needed."""
         found = {}
-        for peer in ops_peers.peers(case.op):
+        for peer in ops_peers.peers(case.op) if self._peers else ():
             if peer.tunes and not peer.missing(case, self._device):
                 key = peer.name, case.op, case.kind
                 if key not in self._tuned:
-                    self._tuner = self._tuner or Process()
+                    self._tuner = self._tuner or Process(case.op)
                     self._tuned[key] = ops_prepare.tune(self._tuner, peer, case, self._device, limit)
                     if self._tuned[key]:
                         self._tuner.end()
@@ -180,9 +191,11 @@ class _Rooms:
         return {name: why for name, why in found.items() if why}
 
     def end(self) -> None:
-        for process in (*self._of.values(), self._tuner):
-            if process is not None:
-                process.end()
+        for process in self._all():
+            process.end()
+
+    def _all(self) -> list[Process]:
+        return [*self._of.values(), *([self._tuner] if self._tuner else [])]
 
 
 def zoo_sides(problem: Problem) -> dict[str, Callable[[], Side]]:

@@ -23,13 +23,6 @@ def simple(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q.float().sigmoid() * (p * v).cumsum(1) / p.cumsum(1)).to(q.dtype)
 
 
-def safe_simple(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """w = 0 for keys of any size: two running log-sum-exps, over values lifted above 0, as weights sum to 1."""
-    k, lift = k.float(), 1 - v.detach().float().amin(1, keepdim=True)
-    mean = ((k + (v.float() + lift).log()).logcumsumexp(1) - k.logcumsumexp(1)).exp() - lift
-    return (q.float().sigmoid() * mean).to(q.dtype)
-
-
 def safe_full(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Equation 2 for keys of any size, sums as multiples of exp of each token's own running maximum m.
 

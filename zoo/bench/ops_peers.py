@@ -37,12 +37,13 @@ class Peer:
     make: Callable[[Problem], Side]
     module: str = ""  # without which it is not here
     package: str = ""  # that the module comes in
+    imports: tuple[str, ...] = ()  # at its first call, which takes seconds
     on_cpu: bool = False
     tunes: bool = False  # for minutes, at the first call of a head size
     compiles: bool = False  # for seconds, at the first call of a shape
     tolerance: float = 0.05  # of the relative error to the zoo's result, in bf16
     longest: int | None = None  # T
-    because: str = "its memory or time grows with T squared"  # it is the longest
+    first_only: bool = False  # at the shapes that come first, as it takes a minute to compile at each
 
     def missing(self, case: Case, device: torch.device) -> str:
         """Why it cannot take part, "" if it can."""
@@ -51,7 +52,9 @@ class Peer:
         if device.type == "cpu" and not self.on_cpu:
             return "runs on a GPU only"
         if self.longest and self.longest < case.T:
-            return f"measured up to T={self.longest}: {self.because}"
+            return f"measured up to T={self.longest}: its memory or time grows with T squared"
+        if self.first_only and not case.first:
+            return "measured at the shapes of bars only: each takes it a minute to compile"
         return ""
 
 
@@ -67,6 +70,15 @@ def own(problem: Problem, backend: str) -> Side:
 def peers(op: str) -> list[Peer]:
     """All that are known to do the work of an op, installed or not."""
     return [peer for peer in _PEERS if op in peer.ops]
+
+
+def load(op: str) -> None:
+    """Import what an op's peers import, those that are here. What fails at it fails where it is called, and is told."""
+    for peer in peers(op):
+        if not peer.module or importlib.util.find_spec(peer.module) is not None:
+            for name in peer.imports:
+                with contextlib.suppress(Exception):
+                    importlib.import_module(name)
 
 
 def _public(module: str, name: str) -> Any:
@@ -118,8 +130,7 @@ def _fla(problem: Problem) -> Side:
 
 def _performer(problem: Problem) -> Side:
     """Its causal path in PyTorch. It scales queries and keys itself, and takes [B, H, T, K]."""
-    with contextlib.suppress(ImportError):
-        importlib.import_module("setuptools")  # brings the distutils that it imports, gone from Python 3.12
+    load("favor_attention")
     x, K = problem.inputs, problem.case.K
     with contextlib.redirect_stdout(io.StringIO()):  # it says that its CUDA extension is not there
         attend = _public("performer_pytorch", "FastAttention")(K, nb_features=FEATURES, causal=True)
@@ -135,7 +146,7 @@ def _plain_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 _PLAIN: dict[str, Callable[..., Tensor]] = {
     "aft_full": ops_aft.full, "aft_simple": ops_aft.simple, "linear_cross_entropy": _plain_loss}
-_SAFE: dict[str, Callable[..., Tensor]] = {"aft_full": ops_aft.safe_full, "aft_simple": ops_aft.safe_simple}
+_SAFE: dict[str, Callable[..., Tensor]] = {"aft_full": ops_aft.safe_full}
 
 
 def _plain(problem: Problem) -> Side:
@@ -153,7 +164,7 @@ def _compiled(formulas: dict[str, Callable[..., Tensor]]) -> Callable[[Problem],
 
 def _liger(**options: Any) -> Callable[[Problem], Side]:
     def make(problem: Problem) -> Side:
-        loss, x = _public("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"), problem.inputs
+        loss, x = _public(_LIGER, "liger_fused_linear_cross_entropy"), problem.inputs
         return Side(lambda: loss(x["x"], x["weight"], x["targets"], **options), problem.leaves)
 
     return make
@@ -165,21 +176,25 @@ def _cut(problem: Problem) -> Side:
 
 
 _WITH_FORMULA = tuple(_PLAIN)
+_COMPILER = ("torch._inductor.compile_fx",)
+_LIGER = "liger_kernel.transformers.functional"
 _PEERS = (
     Peer("sdpa-flash", ("causal_attention",), _sdpa("FLASH_ATTENTION")),
     Peer("sdpa-cudnn", ("causal_attention",), _sdpa("CUDNN_ATTENTION")),
     Peer("sdpa-mask", ("block_attention",), _masked, on_cpu=True, longest=8192),
-    Peer("fla", ("linear_attention", "wkv6"), _fla, module="fla", package="flash-linear-attention", tunes=True),
+    Peer("fla", ("linear_attention", "wkv6"), _fla, module="fla", package="flash-linear-attention", tunes=True,
+         imports=("fla.ops.rwkv6", "fla.ops.linear_attn")),
     Peer("performer-pytorch", ("favor_attention",), _performer, module="performer_pytorch", on_cpu=True,
-         package="performer-pytorch", tolerance=0.2),
+         package="performer-pytorch", tolerance=0.2,
+         imports=("setuptools", "performer_pytorch")),  # the first brings distutils, gone from Python 3.12
     Peer("torch", _WITH_FORMULA, _plain, on_cpu=True),
-    Peer("torch-compile", _WITH_FORMULA, _compiled(_PLAIN), compiles=True),
-    Peer("torch-compile-safe", ("aft_full",), _compiled(_SAFE), compiles=True, longest=1024),
-    Peer("torch-compile-safe", ("aft_simple",), _compiled(_SAFE), compiles=True, longest=1024,
-         because="its scans take minutes to compile at each T"),
-    Peer("liger", ("linear_cross_entropy",), _liger(), module="liger_kernel", package="liger-kernel", compiles=True),
+    Peer("torch-compile", _WITH_FORMULA, _compiled(_PLAIN), compiles=True, imports=_COMPILER),
+    Peer("torch-compile-safe", ("aft_full",), _compiled(_SAFE), compiles=True, imports=_COMPILER, longest=1024,
+         first_only=True),
+    Peer("liger", ("linear_cross_entropy",), _liger(), module="liger_kernel", package="liger-kernel", compiles=True,
+         imports=(_LIGER,)),
     Peer("liger-float32", ("linear_cross_entropy",), _liger(accum_dtype=torch.float32), module="liger_kernel",
-         package="liger-kernel", compiles=True),
+         package="liger-kernel", compiles=True, imports=(_LIGER,)),
     Peer("cut-cross-entropy", ("linear_cross_entropy",), _cut, module="cut_cross_entropy", package="cut-cross-entropy",
-         compiles=True),
+         compiles=True, imports=("cut_cross_entropy",)),
 )

@@ -27,7 +27,7 @@ Unit = tuple[str, Case]  # who calls, on what
 def units(cases: Sequence[Case], device: torch.device, peers: bool) -> list[Unit]:
     """What is worth compiling beforehand: a peer that compiles, for every case; kernels of the zoo, for the shortest
     and the longest T of a head size (rows that are cut into segments are another build). What comes first in measuring
-    comes first, and of it the peers', which take longest.
+    comes first, and of it the peers', which take longest; of the others they come last.
     """
     found: dict[Unit, None] = {}
     for case in cases:
@@ -37,7 +37,7 @@ def units(cases: Sequence[Case], device: torch.device, peers: bool) -> list[Unit
         same = [other for other in cases if (other.op, other.kind) == (case.op, case.kind)]
         if case in (min(same, key=lambda other: other.T), max(same, key=lambda other: other.T)):
             found[ZOO, case] = None
-    return sorted(found, key=lambda unit: (not unit[1].first, unit[0] == ZOO))
+    return sorted(found, key=lambda unit: (not unit[1].first, (unit[0] == ZOO) == unit[1].first))
 
 
 def compile_all(work: Sequence[Unit], device: torch.device, workers: int, limit: float) -> dict[Unit, str]:

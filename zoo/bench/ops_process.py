@@ -29,11 +29,11 @@ class EndedError(Exception):
 
 
 class Process:
-    """One that does what it is asked, one thing after the other. It starts at once, and is ready when asked."""
+    """One that does what it is asked, one thing after the other. It starts at once, and imports the peers of `ops`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *ops: str) -> None:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process; closed by `end`
-        self._process = subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE,
+        self._process = subprocess.Popen([sys.executable, "-m", __name__, *ops], stdin=subprocess.PIPE,
                                          stdout=subprocess.PIPE, stderr=self._said, start_new_session=True)
 
     def ask(self, function: Callable[..., Any], *arguments: Any, limit: float = float("inf")) -> Any:
@@ -56,6 +56,11 @@ class Process:
         if not good:
             raise FailedError(result)
         return result
+
+    def ready(self) -> None:
+        """Wait until all is imported. One that ends at it says so when it is asked."""
+        with contextlib.suppress(EndedError):
+            self.ask(os.getpid)
 
     def kill(self) -> None:
         """Bring it to its end, and with it those that it started; who waits for an answer gets EndedError."""
@@ -98,9 +103,12 @@ def serve() -> None:
     os.dup2(2, 1)
     from torch._inductor import config
 
-    import zoo.bench.ops  # noqa: F401  # all that will be asked for, while others are at work
+    import zoo.bench.ops  # noqa: F401  # all that will be asked for
+    from zoo.bench.ops_peers import load
 
     config.compile_threads = THREADS
+    for op in sys.argv[1:]:
+        load(op)
     while True:
         try:
             function, arguments = pickle.load(sys.stdin.buffer)
