@@ -35,6 +35,9 @@ class SequenceMixer(nn.Module, ABC):
     complexity: ClassVar[str] = ""
     """Time to train on T tokens and memory to decode, for the tables: "O(T^2), O(T)"."""
 
+    projects_input: ClassVar[bool] = False
+    """Whether all that `forward` does with its x is projecting it, so that autocast's dtype will do."""
+
     @abstractmethod
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Mix whole sequences from their beginning, x [B, T, D] -> [B, T, D].

@@ -68,6 +68,8 @@ def small_init_(weight: Tensor, gain: float = 1.0) -> None:
 class SwiGLU(SequenceMixer):
     """y = W_2 (silu(W_1 x) * W_3 x) (2002.05202 eq. 6); the channel slot of every block whose mixer brings none."""
 
+    projects_input = True
+
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
         self.gate_up = nn.Linear(dim, 2 * hidden_dim, bias=False)

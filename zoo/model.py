@@ -13,6 +13,7 @@ from zoo.contract import SequenceMixer, State
 from zoo.errors import ZooError
 from zoo.layers import SwiGLU, head_dim
 from zoo.mixers import build_mixer, check_options
+from zoo.ops.add_norm import add_norm
 from zoo.ops.cross_entropy import linear_cross_entropy
 from zoo.ops.documents import check_documents
 
@@ -56,7 +57,7 @@ class ModelConfig:
 
 
 class Block(nn.Module):
-    """x + sequence_mixer(norm(x)), then the same with the channel mixer."""
+    """x + sequence_mixer(norm(x)), then the same with the channel mixer, whose output is for the next norm to add."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -66,11 +67,14 @@ class Block(nn.Module):
         self.channel_mixer = (self.sequence_mixer.channel_mixer or SwiGLU)(config.dim, config.channel_dim)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        x = x + self.dropout(self.sequence_mixer(self.sequence_norm(x), cu_seqlens))
-        return x + self.dropout(self.channel_mixer(self.channel_norm(x), cu_seqlens))
+    def forward(self, x: Tensor, y: Tensor | None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The residual stream x [B, T, D] and what is to be added to it, y [B, T, D] -> the two behind the block."""
+        for _, norm, mixer in self.slots():
+            x, normed = add_norm(x, y, norm, mixer.projects_input)
+            y = self.dropout(mixer(normed, cu_seqlens))
+        return x, y
 
-    def slots(self) -> tuple[tuple[str, nn.Module, SequenceMixer], ...]:
+    def slots(self) -> tuple[tuple[str, nn.LayerNorm, SequenceMixer], ...]:
         """Name, norm and mixer of the two slots, in the order they are applied."""
         return (("sequence_mixer", self.sequence_norm, self.sequence_mixer),
                 ("channel_mixer", self.channel_norm, self.channel_mixer))
@@ -143,25 +147,33 @@ class LanguageModel(nn.Module):
         else:
             torch._assert_async(longest <= self.max_len, f"a document of more than {self.max_len} tokens")
 
-    def hidden(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """What the head reads: tokens [B, T] -> [B, T, D]."""
+    def begin(self, tokens: Tensor) -> Tensor:
+        """What the first block reads: tokens [B, T] -> [B, T, D]."""
+        return self.dropout(self.embedding_norm(self.embedding(tokens)))
+
+    def end(self, x: Tensor, y: Tensor | None, targets: Tensor, reduction: str) -> Tensor:
+        """The loss, from what the last block wrote, two of [B, T, D]."""
+        hidden = add_norm(x, y, self.norm, narrow=True)[1]
+        return linear_cross_entropy(hidden, self.head.weight, targets, reduction=reduction)
+
+    def _through_blocks(self, tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What the last block wrote: tokens [B, T] -> two of [B, T, D]."""
         if cu_seqlens is None:
             self.check_length(tokens.shape[1])
         else:
             self.check_documents(tokens, cu_seqlens)
-        x = self.dropout(self.embedding_norm(self.embedding(tokens)))
+        x, y = self.begin(tokens), None
         for block in self.blocks:
-            x = block(x, cu_seqlens)
-        return self.norm(x)
+            x, y = block(x, y, cu_seqlens)
+        return x, y
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        return self.head(self.hidden(tokens, cu_seqlens))
+        return self.head(add_norm(*self._through_blocks(tokens, cu_seqlens), self.norm, narrow=True)[1])
 
     def loss(self, tokens: Tensor, targets: Tensor, reduction: str = "mean",
              cu_seqlens: Tensor | None = None) -> Tensor:
         """Cross-entropy in nats of targets [B, T], -100 where there is none; "mean", "sum" or "none" [B, T]."""
-        hidden = self.hidden(tokens, cu_seqlens)
-        return linear_cross_entropy(hidden, self.head.weight, targets, reduction=reduction)
+        return self.end(*self._through_blocks(tokens, cu_seqlens), targets, reduction)
 
     def init_state(self, batch_size: int = 1, max_len: int | None = None, *, device: torch.device | str | None = None,
                    dtype: torch.dtype = torch.float32) -> State:
@@ -190,15 +202,15 @@ class LanguageModel(nn.Module):
             if key != "position":
                 owner, _, entry = key.rpartition(".")
                 parts[owner][entry] = value
-        x = self.embedding_norm(self.embedding(tokens))
+        x, y = self.embedding_norm(self.embedding(tokens)), None
         new: State = {"position": state["position"] + tokens.shape[1]}
         for i, block in enumerate(self.blocks):
             for slot, norm, mixer in block.slots():
                 name = f"blocks.{i}.{slot}"
-                y, part = mixer.extend(norm(x), parts[name])
-                x = x + y
+                x, normed = add_norm(x, y, norm, mixer.projects_input)
+                y, part = mixer.extend(normed, parts[name])
                 new |= {f"{name}.{entry}": value for entry, value in part.items()}
-        return self.head(self.norm(x)), new
+        return self.head(add_norm(x, y, self.norm, narrow=True)[1]), new
 
     def set_step(self, step: int) -> None:
         """Tell the mixers the number of the optimiser step to come (Performer redraws its features by it)."""

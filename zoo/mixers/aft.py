@@ -234,6 +234,7 @@ class AFT(SequenceMixer):
 
     paper = "AFT, 2105.14103"
     complexity = "O(T W), O(W); full: O(T^2), O(T)"
+    projects_input = True
 
     def __init__(self, dim: int, heads: int, seq_len: int, *,
                  variant: Literal["local", "full", "simple", "conv"] = "local", window: int = 32,

@@ -35,6 +35,7 @@ class Linformer(SequenceMixer):
 
     paper = "Linformer, 2006.04768; causal form ours"
     complexity = "O(T (C + R T / C)), O(R T / C); prefix: O(T R), O(R)"
+    projects_input = True
 
     def __init__(self, dim: int, heads: int, seq_len: int, *, variant: Literal["block", "prefix"] = "block",
                  block: int = 64, rank: int = 16):

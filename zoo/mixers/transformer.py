@@ -21,6 +21,7 @@ class Attention(SequenceMixer):
 
     paper = "FlashAttention, 2205.14135; RoPE, 2104.09864"
     complexity = "O(T^2), O(T)"
+    projects_input = True
 
     def __init__(self, dim: int, heads: int, seq_len: int, *, kv_heads: int | None = None):
         super().__init__()
