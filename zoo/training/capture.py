@@ -11,9 +11,9 @@ from torch import Tensor, nn
 class Captured:
     """call(*inputs) -> Tensor, adding gradients to `parameters`, with what it does on the GPU recorded and replayed.
 
-    The first call runs as it is, so that what compilers and libraries set up once stays out of the graph; the second
-    is recorded, with its inputs and output in places of their own. Inputs of other shapes run as they are. Random
-    numbers are drawn from torch's generator in a replay as in a call, so a recording changes no bit of a run.
+    The first call runs as it is, so that what compilers and libraries set up once stays out of the graph; the second of
+    its shapes is recorded, with inputs and output in places of their own. Other shapes run as they are. Random numbers
+    are drawn from torch's generator in a replay as in a call, so a recording changes no bit of a run.
 
     adds: gradients add up over the calls between two of `zero_grad`. If not, there is one call between them, and its
     graph writes the gradients where the last one did: zeroing and adding would be two launches a parameter.
@@ -24,21 +24,20 @@ class Captured:
                  beside: Captured | None = None):
         self.call, self.parameters, self.adds, self.beside = call, parameters, adds, beside
         self.stream: torch.cuda.Stream | None = None if beside is None else beside.stream
-        self.called = False
+        self.shapes: list[torch.Size] = []
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: list[Tensor] = []
         self.output: Tensor
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        if not self.called:
-            self.called = True
+        shapes = [each.shape for each in inputs]
+        if shapes != self.shapes:
+            self.shapes = self.shapes or shapes
+            if self.graph is not None and not self.adds:
+                self._zero()
             return self._aside(*inputs)
         if self.graph is None:
             self.graph = self._record(inputs)
-        if any(mine.shape != given.shape for mine, given in zip(self.inputs, inputs, strict=True)):
-            if not self.adds:
-                self._zero()
-            return self._aside(*inputs)
         for mine, given in zip(self.inputs, inputs, strict=True):
             mine.copy_(given, non_blocking=True)
         self.graph.replay()
