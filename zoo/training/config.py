@@ -58,8 +58,8 @@ class Hardware:
     """What the run computes on. None of it changes which numbers are trained on, nor in which order.
 
     devices: processes that share the work, started by torchrun; null: as many as it started. micro_batch: tokens that
-    one device sees at a time, null for its whole part of a batch. compile: torch.compile of the loss, or of each block
-    under fsdp; on a single GPU the passes forward and back are a CUDA graph too.
+    one device sees at a time, null for its whole part of a batch. compile: torch.compile of the loss, or of the
+    blocks alone under fsdp; on a single GPU the passes forward and back are a CUDA graph too.
     """
 
     accelerator: Literal["cpu", "gpu"] = "cpu"
