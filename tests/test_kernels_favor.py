@@ -39,19 +39,20 @@ def inputs(T: int, K: int = 16, V: int = 24, m: int = 32, B: int = 2, H: int = 2
     w = orthogonal_projection(m, K, generator).double().to(DEVICE)
     state = 3 * torch.exp(-(w.norm(dim=-1) - 1).square() / 2)[:, None] * draw(rows or B, H, m, V + 1)
     state[..., -1] = state[..., -1].abs()
-    return {"q": q, "k": k, "v": draw(B, T, H, V), "initial_state": state, "projection": w}
+    decay = torch.tensor([0.125, 0.02], dtype=torch.float64, device=DEVICE)[:H]
+    return {"q": q, "k": k, "v": draw(B, T, H, V), "initial_state": state, "projection": w, "decay": decay}
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor, projection: Tensor,
+def attend(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor, projection: Tensor, decay: Tensor,
            cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return favor_attention(q, k, v, projection.detach(), initial_state, BOUND, cu_seqlens)
+    return favor_attention(q, k, v, projection.detach(), initial_state, BOUND, cu_seqlens, decay.detach())
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor, projection: Tensor,
+def plain(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor, projection: Tensor, decay: Tensor,
           cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As one writes it in PyTorch; exponents in float32, or nothing is left of them."""
     if cu_seqlens is not None:
-        parts = [plain(q[:, a:b], k[:, a:b], v[:, a:b], initial_state[n : n + 1], projection)
+        parts = [plain(q[:, a:b], k[:, a:b], v[:, a:b], initial_state[n : n + 1], projection, decay)
                  for n, (a, b) in enumerate(pairwise(cu_seqlens.tolist()))]
         return torch.cat([y for y, _ in parts], 1), torch.cat([state for _, state in parts])
     w = projection.detach().float()
@@ -62,10 +63,14 @@ def plain(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor, projection: Te
     phi_q = (q.float() @ w.T + largest).softmax(-1).to(dtype)
     phi_k = (k.float() @ w.T - k.float().square().sum(-1, keepdim=True) / 2 - largest).exp().to(dtype)
     values = torch.nn.functional.pad(v, (0, 1), value=1.0).to(dtype)
-    scores = torch.einsum("bthm,bshm->bhts", phi_q, phi_k).tril()
-    y = torch.einsum("bhts,bshv->bthv", scores, values) + torch.einsum("bthm,bhmv->bthv", phi_q,
-                                                                       initial_state.to(dtype))
-    last = initial_state + torch.einsum("bthm,bthv->bhmv", phi_k, values)
+    t, rate = torch.arange(q.shape[1], device=q.device), decay.detach().float()[:, None]
+    left = torch.exp2(-rate * (t + 1))  # [H, T]: of the first state
+    scores = torch.einsum("bthm,bshm->bhts", phi_q, phi_k)
+    scores = (scores * torch.exp2(-rate[..., None] * (t[:, None] - t).clamp(min=0)).to(dtype)).tril()
+    y = torch.einsum("bhts,bshv->bthv", scores, values) + torch.einsum("bthm,bhmv,ht->bthv", phi_q,
+                                                                       initial_state.to(dtype), left.to(dtype))
+    last = initial_state * torch.exp2(-rate * len(t))[..., None] + torch.einsum(
+        "bthm,bthv,ht->bhmv", phi_k, values, torch.exp2(-rate * t.flip(0)).to(dtype))
     return (y[..., :-1] / (y[..., -1:] + 1e-30)).to(v.dtype), last
 
 
@@ -139,7 +144,7 @@ def test_no_tokens_pass_the_state_on() -> None:
         y, state = attend(**given)
         state.sum().backward()
     assert y.shape == given["v"].shape
-    assert torch.equal(state, given["initial_state"])
+    assert torch.equal(state, given["initial_state"])  # no time has gone by
     assert (given["initial_state"].grad == 1).all()
 
 
@@ -156,16 +161,16 @@ def test_keys_that_underflow_and_outliers_stay_finite() -> None:
 
 
 def past_moves(t: int, dtype: torch.dtype, T: int = 67) -> float:
-    q, k, v, state, w = (x.to(dtype) for x in inputs(T, H=1).values())
+    q, k, v, state, w, decay = (x.to(dtype) for x in inputs(T, H=1).values())
     with use_backend("triton"):
-        before = attend(q, k, v, state, w)[0][0, : t + 1]
+        before = attend(q, k, v, state, w, decay)[0][0, : t + 1]
         changed = [x.clone() for x in (q, k, v)]
         for x in changed:
             x[0, t + 1 :] = 100 * torch.randn_like(x[0, t + 1 :])
             x[1] = 100
         changed[1] /= 30  # a key at 100 has no weight at all
         changed[1][0, : t + 1] = k[0, : t + 1]
-        after = attend(*changed, state, w)[0][0, : t + 1]
+        after = attend(*changed, state, w, decay)[0][0, : t + 1]
     return float((after - before).abs().max())
 
 
@@ -184,11 +189,11 @@ def test_results_are_the_same_every_time() -> None:
 
 @interpreted
 def test_the_operator_is_registered_as_it_should_be() -> None:
-    q, k, v, state, w = (x.float() for x in inputs(17, B=1, H=1).values())
+    q, k, v, state, w, decay = (x.float() for x in inputs(17, B=1, H=1).values())
     for x in (q, k, v, state):
         x.requires_grad_()
-    torch.library.opcheck(registered.favor_attention, (q, k, v, w, state, BOUND, None))
-    torch.library.opcheck(registered.favor_attention, (q, k, v, w, None, None, torch.tensor([0, 4, 17])))
+    torch.library.opcheck(registered.favor_attention, (q, k, v, w, decay, state, BOUND, None))
+    torch.library.opcheck(registered.favor_attention, (q, k, v, w, None, None, None, torch.tensor([0, 4, 17])))
 
 
 def test_compiled_equals_eager() -> None:
@@ -210,7 +215,7 @@ def test_flops_are_counted() -> None:
 
 
 def test_wrong_shapes_are_refused() -> None:
-    q, k, v, state, w = (x.float() for x in inputs(8).values())
+    q, k, v, state, w, _ = (x.float() for x in inputs(8).values())
     with use_backend("triton"):
         with pytest.raises(ZooError, match="two of \\[B, T, H, K\\]"):
             favor_attention(q, k, v, w[:, :8])
@@ -270,5 +275,5 @@ def builds() -> None:
     for dtype, K, m in ((torch.bfloat16, 64, 256), (torch.bfloat16, 128, 512), (torch.float32, 64, 256)):
         for w_dtype in {dtype, torch.float32}:
             x, w = torch.empty(256, 64, 1, K, dtype=dtype), torch.empty(m, K, dtype=w_dtype)
-            y, _, log = favor.forward(x, x, x, w, None, None, None)
-            favor_backward.backward(x, None, x, x, x, w, None, y, log, None, None)
+            y, _, log = favor.forward(x, x, x, w, None, None, None, None)
+            favor_backward.backward(x, None, x, x, x, w, None, None, y, log, None, None)

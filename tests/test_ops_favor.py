@@ -9,8 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.ops.favor import favor_attention, favor_features, orthogonal_projection
+from zoo.ops.favor import (
+    favor_attention,
+    favor_features,
+    orbit_frequencies,
+    orbit_projection,
+    orthogonal_projection,
+)
 from zoo.ops.linear_attention import CHUNK, linear_attention
+from zoo.ops.rotary import turn
 
 LENGTHS = [1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 129, 1000]
 FEATURES, HEAD = 32, 16
@@ -72,6 +79,36 @@ def test_a_draw_is_a_function_of_its_generator():
     assert not torch.equal(projection(seed=3), projection(seed=4))
 
 
+def turned(x: Tensor, positions: Tensor) -> Tensor:
+    """Rows x [dim] of one vector at every position, rotated."""
+    angle = positions.double()[:, None] * orbit_frequencies(x.shape[-1], torch.float64)
+    return turn(x.expand(1, len(positions), 1, -1), torch.stack([angle.cos(), angle.sin()], dim=1))[0, :, 0]
+
+
+@pytest.mark.parametrize("dim", [2, 5, 16, 64])
+def test_a_rotation_moves_an_orbit_by_one_row(dim):
+    even = dim - dim % 2
+    w = orbit_projection(4 * even, dim, torch.Generator().manual_seed(0)).double()
+    for orbit in w[:, :even].split(2 * even):
+        torch.testing.assert_close(orbit[:even] @ orbit[:even].T, even * torch.eye(even).double(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(orbit[even:], -orbit[:even], atol=2e-5, rtol=0)
+        torch.testing.assert_close(torch.cat([turned(row, torch.ones(1)) for row in orbit]), orbit.roll(-1, 0),
+                                   atol=2e-5, rtol=0)
+    assert w.shape == (4 * even, dim)
+    assert not torch.equal(w[: 2 * even], w[2 * even :])
+
+
+def test_estimates_from_orbits_are_relative_and_others_are_not():
+    torch.manual_seed(0)
+    q, k = (2 * F.normalize(torch.randn(HEAD, dtype=torch.float64), dim=0) for _ in range(2))
+    positions, spread = torch.arange(100), []
+    for w in (orbit_projection(4 * HEAD, HEAD, torch.Generator().manual_seed(0)), projection(4 * HEAD)):
+        weights = phi(turned(q, positions), w.double()) @ phi(turned(k, positions), w.double()).T
+        spread.append(max((weights.diagonal(-n).std() / weights.diagonal(-n).mean()).item() for n in (0, 1, 5, 30)))
+    assert spread[0] < 1e-4
+    assert spread[1] > 0.1
+
+
 # the estimator
 
 
@@ -122,6 +159,23 @@ def test_values_and_gradients_equal_the_definition(T):
     gradients = torch.autograd.grad(got, args, cotangent)
     for a, b in zip(gradients, torch.autograd.grad(wanted, args, cotangent), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 200])
+def test_what_heads_hold_fades_at_their_rates(T):
+    (q, k, v), w, decay = inputs(T), projection().double(), torch.tensor([0.0, 0.3, 1.0])
+    age = torch.arange(T)[:, None] - torch.arange(T)
+    weights = torch.einsum("bthm,bshm->bhts", phi(q, w), phi(k, w)) * torch.exp2(-decay.double()[:, None, None] * age)
+    got, wanted = favor_attention(q, k, v, w, decay=decay), weighted_mean(weights, v)
+    torch.testing.assert_close(got[0], wanted)
+    cotangent = torch.randn_like(wanted)
+    for a, b in zip(torch.autograd.grad(got[0], (q, k, v), cotangent, retain_graph=True),
+                    torch.autograd.grad(wanted, (q, k, v), cotangent), strict=True):
+        torch.testing.assert_close(a, b)
+    cut = T // 3
+    first, state = favor_attention(q[:, :cut], k[:, :cut], v[:, :cut], w, decay=decay)
+    second, last = favor_attention(q[:, cut:], k[:, cut:], v[:, cut:], w, state, decay=decay)
+    torch.testing.assert_close((torch.cat([first, second], 1), last), got)
 
 
 def test_the_state_is_the_sum_of_the_features_and_gradients_pass_through_it():

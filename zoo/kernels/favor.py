@@ -1,6 +1,7 @@
 """FAVOR+ (Performer, 2009.14794): linear attention over positive random features that are never in memory; forward.
 
-    y_t = phi(q_t) S_t / n_t,   S_t = sum_{s<=t} phi(k_s)^T v_s,   n_t = phi(q_t) z_t + EPS,   z_t = sum_{s<=t} phi(k_s)
+    y_t = phi(q_t) S_t / n_t,   S_t = 2^-r S_{t-1} + phi(k_t)^T v_t,   n_t = phi(q_t) z_t + EPS,
+    z_t = 2^-r z_{t-1} + phi(k_t),   with a rate r of each head;
 
     phi(q) = softmax_j(w_j . q + largest_j),   phi(k)_j = exp(w_j . k - |k|^2 / 2 - largest_j) <= 1
 
@@ -11,8 +12,13 @@ registers, adds up their scores and the query's share of the state, and at last 
 gradients are the same three shapes again (`favor_backward`), so each kernel has a name for either side: features of a
 side x are 2^(w . x + c + shift), with a constant c of each row and a shift of each feature, logarithms to the base 2.
 
-Kept for the backward pass: y and the logarithm of n, 4 bytes a query, which makes psi(q_t) = phi(q_t) / n_t features of
-another constant c.
+What the rate leaves of a token is part of c: features of keys are as seen from their chunk's last token, psi as seen
+from the token before the chunk, and so are the states on either side; scores lack one factor for the whole chunk,
+`across`. Of float32 features, whose c has no digits to lose, it is a factor of its own, and so of the forward pass's
+queries, whose largest feature is looked for.
+
+Kept for the backward pass: y and the logarithm of n, 4 bytes a query (8 of float32, to which it has too few digits),
+which makes psi(q_t) = phi(q_t) / n_t features of another constant c.
 
 Where rows and heads are too few to occupy a GPU, rows are cut into segments of whole chunks: `walk_kernel` first finds
 each segment's sum, then again walks from those of all segments before. Documents are rows with borders of their own.
@@ -30,115 +36,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._common import LOG2E, cut_documents, dot, power_of_two
+from zoo.kernels._common import cut_documents, dot, power_of_two
+from zoo.kernels.favor_parts import across, exponents, place, power, prepare_kernel, side, tile
 
 EPS = tl.constexpr(1e-30)
 VARYING = ["T", "SIZE", "PARTS", "CHUNKS", "DOCUMENTS", "BEFORE", "SUMS"]  # by batch: never in a compile key
 
 
-@triton.jit
-def prepare_kernel(p_w, p_exponent, p_operand, p_shift, w_m, w_k, bound, M: tl.constexpr, K: tl.constexpr,
-                   MP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BOUNDED: tl.constexpr):
-    """W log2(e) for exponents and W for gradients, padded by zeros; log2(e) largest for queries, its negative for keys.
-
-    Padded features have shifts that leave nothing of them.
-    """
-    o_m, o_k = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BK)
-    m = (o_m < M)[:, None] & (o_k < K)[None, :]
-    b_w = tl.load(p_w + o_m[:, None] * w_m + o_k[None, :] * w_k, mask=m, other=0.0).to(tl.float32)
-    b_length = tl.sqrt(tl.sum(b_w * b_w, 1))
-    b_reach = tl.minimum(b_length, bound) if BOUNDED else b_length
-    b_largest = (b_length * b_reach - b_reach * b_reach / 2) * LOG2E
-    tl.store(p_shift + o_m, tl.where(o_m < M, b_largest, -1e30))
-    tl.store(p_shift + MP + o_m, tl.where(o_m < M, -b_largest, -1e30))
-    o = o_m[:, None] * BK + o_k[None, :]
-    tl.store(p_exponent + o, (b_w * LOG2E).to(p_exponent.dtype.element_ty))
-    tl.store(p_operand + o, b_w.to(p_operand.dtype.element_ty))
-
-
-@triton.jit
-def place(i, p_table, p_borders, T, SIZE, PARTS, DOCUMENTS):
-    """Part i -> its row or document (-1: none), its number in that, batch row, first token, tokens to its end."""
-    i_n, i_p = i // PARTS, i % PARTS
-    i_b, start, length = i_n, i * 0, i * 0 + T
-    if DOCUMENTS:
-        i_n = tl.load(p_table + 2 * i).to(tl.int64)
-        i_p = tl.load(p_table + 2 * i + 1).to(tl.int64)
-        i_b = i * 0
-        start = tl.load(p_borders + tl.maximum(i_n, 0)).to(tl.int64)
-        length = tl.where(i_n >= 0, tl.load(p_borders + tl.maximum(i_n, 0) + 1).to(tl.int64) - start, 0)
-    return i_n, i_p, i_b, start + i_p * SIZE, length - i_p * SIZE
-
-
-@triton.jit
-def tile(p, left, o_t, o, stride, SIZE: tl.constexpr):
-    """Rows o_t of the `left` from p on, columns o; 0 past the end."""
-    return tl.load(p + o_t[:, None] * stride + o[None, :], mask=(o_t < left)[:, None] & (o < SIZE)[None, :], other=0.0)
-
-
-@triton.jit
-def narrow(b_x, EXPONENT: tl.constexpr):
-    if EXPONENT.primitive_bitwidth == 16:
-        b_x = tl.minimum(tl.maximum(b_x.to(tl.float32), -65504.0), 65504.0)
-    return b_x.to(EXPONENT)
-
-
-@triton.jit
-def side(p_x, x_t, p_log, here, o_t, K: tl.constexpr, BK: tl.constexpr, KB: tl.constexpr, EXPONENT: tl.constexpr,
-         QUERIES: tl.constexpr, FOUND: tl.constexpr):
-    """Rows x -> their first KB channels in the exponents' type, and c; nothing is left of features past the end.
-
-    c is -|x|^2 / 2 of keys; of queries minus the logarithm of n where that was FOUND, for psi, else 0.
-    """
-    o_k = tl.arange(0, KB)
-    b_x = tile(p_x, here, o_t, o_k, x_t, K)
-    b_c = tl.zeros(o_t.shape, tl.float32)
-    if QUERIES:
-        if FOUND:
-            b_c -= tl.load(p_log + o_t, mask=o_t < here, other=float("inf"))
-    else:
-        b_c += tl.sum(b_x.to(tl.float32) * b_x.to(tl.float32), 1)
-        if BK > KB:
-            for i_k in range(KB, BK, KB):
-                b_more = tile(p_x, here, o_t, i_k + o_k, x_t, K).to(tl.float32)
-                b_c += tl.sum(b_more * b_more, 1)
-        b_c = tl.where(o_t < here, b_c * (-0.5 * LOG2E), float("-inf"))
-    return narrow(b_x, EXPONENT), b_c
-
-
-@triton.jit
-def exponents(b_x, b_c, b_w, b_shift, p_x, x_t, p_w, here, o_t, o_m, K: tl.constexpr, BK: tl.constexpr,
-              TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
-    """log2 of phi or psi [BT, BM], or [BM, BT] if TRANSPOSED: found so, as a product's transpose must enter no other.
-
-    b_x and b_w are x and W where all channels are in one block of KB, else just its type: they come block by block.
-    """
-    KB: tl.constexpr = b_x.shape[1]
-    o_k = tl.arange(0, KB)
-    b_e = b_c[None, :] + b_shift[:, None] if TRANSPOSED else b_c[:, None] + b_shift[None, :]
-    # in which order to add is not told of a tensor core, and float32 has digits to lose
-    LATE: tl.constexpr = BK > KB or b_x.dtype.primitive_bitwidth == 32
-    b_sum = tl.zeros(b_e.shape, tl.float32) if LATE else b_e
-    if BK > KB:
-        for i_k in range(0, BK, KB):
-            b_x_ = narrow(tile(p_x, here, o_t, i_k + o_k, x_t, K), b_x.dtype)
-            b_w_ = tl.load(p_w + o_m[:, None] * BK + i_k + o_k[None, :])
-            b_sum = dot(b_w_, tl.trans(b_x_), b_sum, PRECISION) if TRANSPOSED else dot(b_x_, tl.trans(b_w_), b_sum,
-                                                                                       PRECISION)
-    else:
-        b_sum = dot(b_w, tl.trans(b_x), b_sum, PRECISION) if TRANSPOSED else dot(b_x, tl.trans(b_w), b_sum, PRECISION)
-    return b_e + b_sum if LATE else b_sum
-
-
 @triton.jit(do_not_specialize=VARYING)
 def walk_kernel(
-    p_x, p_v, p_w, p_shift, p_log, p_weight, p_first, p_last, p_sums, p_states, p_z, p_table, p_borders,
+    p_x, p_v, p_w, p_decay, p_shift, p_log, p_weight, p_first, p_last, p_sums, p_states, p_z, p_table, p_borders,
     p_chunks, T, SIZE, PARTS, DOCUMENTS, CHUNKS, BEFORE, SUMS, x_b, x_t, x_h, v_b, v_t, v_h,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, VP: tl.constexpr,
     QUERIES: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
     OPERAND: tl.constexpr, EXPONENT: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Sums over a segment's tokens of phi(k_t)^T [v_t, 1], on top of the row's first state and all segments before.
+    """Sums over a segment's tokens of what is left of phi(k_t)^T [v_t, 1], on top of the row's first state and of all
+    segments before.
 
     Of QUERIES, from the row's end: psi(q_t)^T [v_t, weight_t]. Written are the state before (behind) each
     chunk, and the row's last; with SUMS the segment's own sum and nothing else.
@@ -156,6 +70,7 @@ def walk_kernel(
     o_row = (i_b * H + i_h) * T + start
     b_w = tl.load(p_w + o_m[:, None] * BK + o_k[None, :])
     b_shift = tl.load(p_shift + (0 if QUERIES else MP) + o_m)
+    rate = tl.load(p_decay + i_h)
     o_z = i_h * (M * (V + 1)) + o_m * (V + 1)
     m_z, m_state = o_m < M, (o_m < M)[:, None] & (o_v < V)[None, :]
     p = p_first + tl.maximum(i_n, 0) * (H * M * (V + 1)) + o_z
@@ -164,8 +79,9 @@ def walk_kernel(
     before = tl.where(SUMS != 0, 0, (rest + SIZE - 1) // SIZE - 1 if QUERIES else i_s)
     for j in range(0, before):
         p = p_sums + (i_row + before - j if QUERIES else i_row - before + j) * (H * M * (V + 1)) + o_z
-        b_state += tl.load(p[:, None] + o_v[None, :], mask=m_state, other=0.0)
-        b_z += tl.load(p + V, mask=m_z, other=0.0)
+        left = tl.exp2(-rate * (tl.minimum(rest - (before - j) * SIZE, SIZE) if QUERIES else SIZE))
+        b_state = b_state * left + tl.load(p[:, None] + o_v[None, :], mask=m_state, other=0.0)
+        b_z = b_z * left + tl.load(p + V, mask=m_z, other=0.0)
     i_c = i_n * CHUNKS
     if DOCUMENTS:
         i_c = tl.load(p_chunks + tl.maximum(i_n, 0)).to(tl.int64)
@@ -184,16 +100,18 @@ def walk_kernel(
         here = tl.minimum(length - first, BT).to(tl.int32)
         if QUERIES:  # early: only operands of products are fetched ahead of their turn
             b_weight = tl.load(p_weight + o_row + first + o_t, mask=o_t < here, other=0.0)
-        b_x, b_c = side(p_x + first * x_t, x_t, p_log + o_row + first if QUERIES else p_log, here, o_t, K, BK, KB,
-                        EXPONENT, QUERIES, True)
+        b_x, b_c, b_left = side(p_x + first * x_t, x_t, p_log + o_row + first if QUERIES else p_log, here, o_t, rate, K,
+                                BK, KB, EXPONENT, QUERIES, True)
         b_v = tile(p_v + first * v_t, here, o_t, o_v, v_t, V)
-        b_f = tl.exp2(exponents(b_x, b_c, b_w, b_shift, p_x + first * x_t, x_t, p_w, here, o_t, o_m, K, BK, True,
-                                PRECISION))
+        b_f = power(exponents(b_x, b_c, b_w, b_shift, p_x + first * x_t, x_t, p_w, here, o_t, o_m, K, BK, True,
+                              PRECISION), b_left, EXPONENT, True)
+        left = tl.exp2(-rate * here)
+        b_z *= left
         if QUERIES:
             b_z += tl.sum(b_f * b_weight[None, :], 1)
         else:
             b_z += tl.sum(b_f, 1)
-        b_state = dot(b_f.to(OPERAND), b_v.to(OPERAND), b_state, PRECISION)
+        b_state = dot(b_f.to(OPERAND), b_v.to(OPERAND), b_state * left, PRECISION)
         keep = (SUMS == 0) & (j + 1 < chunks)
         p_states += STEP * MP * VP
         p_z += STEP * MP
@@ -210,7 +128,7 @@ def walk_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def read_kernel(
-    p_a, p_b, p_v, p_w, p_shift, p_log, p_states, p_z, p_y, p_table, p_borders, T, SIZE, PARTS, DOCUMENTS,
+    p_a, p_b, p_v, p_w, p_decay, p_shift, p_log, p_states, p_z, p_y, p_table, p_borders, T, SIZE, PARTS, DOCUMENTS,
     a_b, a_t, a_h, b_b, b_t, b_h, v_b, v_t, v_h, y_b, y_t, y_h,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, MP: tl.constexpr, VP: tl.constexpr, BACKWARD: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, OPERAND: tl.constexpr,
@@ -228,8 +146,9 @@ def read_kernel(
     here, o_row = tl.minimum(rest, BT).to(tl.int32), (i_b * H + i_h) * T + start
     p_a += i_b * a_b + start * a_t + i_h * a_h
     p_b += i_b * b_b + start * b_t + i_h * b_h
-    b_a, b_ac = side(p_a, a_t, p_log + o_row, here, o_t, K, BK, KB, EXPONENT, not BACKWARD, False)
-    b_b, b_bc = side(p_b, b_t, p_log + o_row, here, o_t, K, BK, KB, EXPONENT, BACKWARD, True)
+    rate = tl.load(p_decay + i_h)
+    b_a, b_ac, b_al = side(p_a, a_t, p_log + o_row, here, o_t, rate, K, BK, KB, EXPONENT, not BACKWARD, False)
+    b_b, b_bc, b_bl = side(p_b, b_t, p_log + o_row, here, o_t, rate, K, BK, KB, EXPONENT, BACKWARD, True)
     b_y, b_scores = tl.zeros([BT, BV], tl.float32), tl.zeros([BT, BT], tl.float32)
     b_sum, b_den = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
     if not BACKWARD:
@@ -246,10 +165,10 @@ def read_kernel(
     for i_m in range(0, MP, BM):
         o_m = i_m + tl.arange(0, BM)
         b_w = tl.load(p_w + o_m[:, None] * BK + o_k[None, :])
-        b_fb = tl.exp2(exponents(b_b, b_bc, b_w, tl.load(p_shift + (0 if BACKWARD else MP) + o_m), p_b, b_t, p_w, here,
-                                 o_t, o_m, K, BK, True, PRECISION)).to(OPERAND)
-        b_fa = tl.exp2(exponents(b_a, b_ac, b_w, tl.load(p_shift + (MP if BACKWARD else 0) + o_m), p_a, a_t, p_w, here,
-                                 o_t, o_m, K, BK, False, PRECISION))
+        b_fb = power(exponents(b_b, b_bc, b_w, tl.load(p_shift + (0 if BACKWARD else MP) + o_m), p_b, b_t, p_w, here,
+                               o_t, o_m, K, BK, True, PRECISION), b_bl, EXPONENT, True).to(OPERAND)
+        b_fa = power(exponents(b_a, b_ac, b_w, tl.load(p_shift + (MP if BACKWARD else 0) + o_m), p_a, a_t, p_w, here,
+                               o_t, o_m, K, BK, False, PRECISION), b_al, EXPONENT, False)
         b_state = tl.load(p_states + o_m[:, None] * VP + o_v[None, :])
         if not BACKWARD:
             b_sum += tl.sum(b_fa, 1)
@@ -257,14 +176,20 @@ def read_kernel(
         b_fa = b_fa.to(OPERAND)
         b_scores = dot(b_fa, b_fb, b_scores, PRECISION)
         b_y = dot(b_fa, b_state, b_y, PRECISION)
-    seen = o_t[:, None] <= o_t[None, :] if BACKWARD else o_t[:, None] >= o_t[None, :]
-    b_scores = tl.where(seen, b_scores, 0.0)
+    if BACKWARD:
+        b_scores = tl.where(o_t[:, None] <= o_t[None, :], b_scores * across(rate, here), 0.0)
+    else:
+        b_left = tl.exp2(-rate * (o_t + 1))
+        b_scores = tl.where(o_t[:, None] >= o_t[None, :], b_scores * tl.exp2(rate * (here - 1 - o_t))[:, None], 0.0)
+        b_y *= b_left[:, None]
+        b_den *= b_left
     b_v = tile(p_v + i_b * v_b + start * v_t + i_h * v_h, here, o_t, o_v, v_t, V)
     b_y = dot(b_scores.to(OPERAND), b_v.to(OPERAND), b_y, PRECISION)
     if not BACKWARD:
         b_den += tl.sum(b_scores, 1) + EPS * b_sum
         b_y /= b_den[:, None]
-        tl.store(p_log + o_row + o_t, b_max + tl.log2(b_den), mask=(o_t < here) & (i_v == 0))
+        b_log = b_max.to(p_log.dtype.element_ty) + tl.log2(b_den)
+        tl.store(p_log + o_row + o_t, b_log, mask=(o_t < here) & (i_v == 0))
     p_y += i_b * y_b + start * y_t + i_h * y_h
     tl.store(p_y + o_t[:, None] * y_t + o_v[None, :], b_y.to(p_y.dtype.element_ty),
              mask=(o_t < here)[:, None] & (o_v < V)[None, :])
@@ -289,7 +214,7 @@ NAMES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: 
 class Call:
     """What all kernels of a call share: types of products, W, blocks, chunks and segments of rows."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, projection: Tensor, bound: float | None,
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, projection: Tensor, decay: Tensor | None, bound: float | None,
                  cu_seqlens: Tensor | None):
         types, device = {q.dtype, k.dtype, v.dtype}, q.device
         self.dtype = torch.bfloat16 if torch.bfloat16 in types else torch.float32
@@ -304,6 +229,7 @@ class Call:
         width = max(self.BK, self.VP)
         self.width = 0 if width <= 64 else 1 if width == 128 else 2  # its place in the tables
         self.tokens, self.KB = CHUNKS[self.dtype.itemsize][self.width]
+        self.decay = torch.zeros(self.H, device=device) if decay is None else decay.float().contiguous()
         self.w = torch.empty(self.MP, self.BK, dtype=exponent, device=device)
         self.w_gradient = torch.empty(self.MP, self.BK, dtype=self.dtype, device=device)
         self.shift = torch.empty(2, self.MP, dtype=torch.float32, device=device)
@@ -349,10 +275,10 @@ class Call:
         sums = none if not cut else torch.empty(self.segment_count, *last.shape[1:], dtype=torch.float32, device=device)
         for sums_alone in (True, False)[not cut:]:
             walk_kernel[(self.segment_count * self.H * self.programs("walk"),)](
-                x, v, self.w, self.shift, *of_queries, before, last, sums, states, z, self.segment_table, self.borders,
-                self.first_chunks, self.T, self.segment, self.segments, int(self.cu_seqlens is not None), self.chunks,
-                int(first is not None and not sums_alone), int(sums_alone), *x.stride()[:3], *v.stride()[:3], M=self.M,
-                QUERIES=log is not None, **self.options("walk"))
+                x, v, self.w, self.decay, self.shift, *of_queries, before, last, sums, states, z, self.segment_table,
+                self.borders, self.first_chunks, self.T, self.segment, self.segments, int(self.cu_seqlens is not None),
+                self.chunks, int(first is not None and not sums_alone), int(sums_alone), *x.stride()[:3],
+                *v.stride()[:3], M=self.M, QUERIES=log is not None, **self.options("walk"))
         return states, z, last
 
     def last(self, first: Tensor | None, device: torch.device) -> Tensor:
@@ -373,18 +299,22 @@ def last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, initial_state: Tensor | None, bound: float | None,
-            cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """-> y in v's type, last states [N, H, M, V + 1], and for `backward` the logarithms of n [B, H, T]; float32."""
+def log_type(*inputs: Tensor) -> torch.dtype:
+    return torch.float64 if {x.dtype for x in inputs} == {torch.float32} else torch.float32
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, decay: Tensor | None, initial_state: Tensor | None,
+            bound: float | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """-> y in v's type, last states [N, H, M, V + 1] float32, and for `backward` the logarithms of n [B, H, T]."""
     q, k, v = (last_contiguous(x) for x in (q, k, v))
     B, T, H, _ = q.shape
-    y, log = v.new_empty(v.shape), torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+    y, log = v.new_empty(v.shape), torch.empty(B, H, T, dtype=log_type(q, k, v), device=q.device)
     with torch.cuda.device_of(q):
-        call = Call(q, k, v, projection, bound, cu_seqlens)
+        call = Call(q, k, v, projection, decay, bound, cu_seqlens)
         if not y.numel():
             return y, call.last(initial_state, q.device), log
         states, z, last = call.states(k, v, initial_state)
         read_kernel[(call.chunk_count * H * call.programs("read"),)](
-            q, k, v, call.w, call.shift, log, states, z, y, *call.place(), *q.stride()[:3], *k.stride()[:3],
+            q, k, v, call.w, call.decay, call.shift, log, states, z, y, *call.place(), *q.stride()[:3], *k.stride()[:3],
             *v.stride()[:3], *y.stride()[:3], BACKWARD=False, **call.options("read"))
     return y, last, log

@@ -3,9 +3,9 @@
 Let psi(q_t) = phi(q_t) / n_t and dd_t = -dy_t . y_t, which `delta_kernel` finds first. With P_ts = dy_t . v_s + dd_t
 for s <= t, else 0, and dy_t in the place of v_s,
 
-    dphi(q_t) = (dy_t S_t^T + dd_t z_t) / n_t,      that is  sum_s P_ts phi(k_s) / n_t
-    dphi(k_s) = v_s dS_s^T + dz_s,                  that is  sum_t P_ts psi(q_t)
-    dv_s = phi(k_s) dS_s,   dS_s = sum_{t>=s} psi(q_t)^T dy_t,   dz_s = sum_{t>=s} psi(q_t) dd_t
+    dphi(q_t) = (dy_t S_t^T + dd_t z_t) / n_t,      that is  sum_s 2^{-r(t-s)} P_ts phi(k_s) / n_t
+    dphi(k_s) = v_s dS_s^T + dz_s,                  that is  sum_t 2^{-r(t-s)} P_ts psi(q_t)
+    dv_s = phi(k_s) dS_s,   dS_s = sum_{t>=s} 2^{-r(t-s)} psi(q_t)^T dy_t,   dz_s = sum_{t>=s} 2^{-r(t-s)} psi(q_t) dd_t
 
     dq = de_q W,   de_q = phi(q) (dphi(q) - phi(q) . dphi(q)),   where phi(q_t) . dphi(q_t) = -EPS dd_t / n_t
     dk = de_k W - k sum_j de_kj,   de_k = phi(k) dphi(k)
@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._common import dot, power_of_two
-from zoo.kernels.favor import EPS, VARYING, Call, exponents, last_contiguous, place, read_kernel, side, tile
+from zoo.kernels.favor import EPS, VARYING, Call, last_contiguous, read_kernel
+from zoo.kernels.favor_parts import across, exponents, place, power, side, tile
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -40,7 +41,7 @@ def delta_kernel(p_y, p_dy, p_dd, T, y_b, y_t, y_h, dy_b, dy_t, dy_h, H: tl.cons
 
 @triton.jit(do_not_specialize=VARYING)
 def gradient_kernel(
-    p_a, p_b, p_u, p_v, p_w, p_w_gradient, p_shift, p_log, p_dd, p_states, p_z, p_da, p_table, p_borders,
+    p_a, p_b, p_u, p_v, p_w, p_w_gradient, p_decay, p_shift, p_log, p_dd, p_states, p_z, p_da, p_table, p_borders,
     T, SIZE, PARTS, DOCUMENTS, a_b, a_t, a_h, b_b, b_t, b_h, u_b, u_t, u_h, v_b, v_t, v_h, da_b, da_t, da_h,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, MP: tl.constexpr, VP: tl.constexpr, KEYS: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, OPERAND: tl.constexpr,
@@ -69,23 +70,28 @@ def gradient_kernel(
         for i_v in range(BV, VP, BV):
             b_v = tile(p_v, here, o_t, i_v + o_v, v_t, V).to(OPERAND)
             b_p = dot(tile(p_u, here, o_t, i_v + o_v, u_t, V).to(OPERAND), tl.trans(b_v), b_p, EXACT)
+    rate = tl.load(p_decay + i_h)
+    lacking = across(rate, here)
     if KEYS:
-        b_p = tl.where(o_t[:, None] <= o_t[None, :], b_p + b_dd[None, :], 0.0).to(OPERAND)
+        b_p = tl.where(o_t[:, None] <= o_t[None, :], (b_p + b_dd[None, :]) * lacking, 0.0).to(OPERAND)
     else:
-        b_p = tl.where(o_t[:, None] >= o_t[None, :], b_p + b_dd[:, None], 0.0).to(OPERAND)
-    b_a, b_ac = side(p_a, a_t, p_log + o_row, here, o_t, K, BK, KB, EXPONENT, not KEYS, True)
-    b_b, b_bc = side(p_b, b_t, p_log + o_row, here, o_t, K, BK, KB, EXPONENT, KEYS, True)
-    b_factor, ADDED = (tl.full([BT], 1.0, tl.float32), 0.0) if KEYS else (b_dd, EPS)
+        b_p = tl.where(o_t[:, None] >= o_t[None, :], (b_p + b_dd[:, None]) * lacking, 0.0).to(OPERAND)
+        b_eps = b_dd * (EPS * tl.exp2(rate * (o_t + 1)))  # EPS is not seen from before the chunk, as psi is
+    b_a, b_ac, b_al = side(p_a, a_t, p_log + o_row, here, o_t, rate, K, BK, KB, EXPONENT, not KEYS, True)
+    b_b, b_bc, b_bl = side(p_b, b_t, p_log + o_row, here, o_t, rate, K, BK, KB, EXPONENT, KEYS, True)
     b_da, b_rows = tl.zeros([BT, BK], tl.float32), tl.zeros([BT], tl.float32)
     for i_m in range(0, MP, BM):
         o_m = i_m + tl.arange(0, BM)
         b_w = tl.load(p_w + o_m[:, None] * BK + o_w[None, :])
-        b_fb = tl.exp2(exponents(b_b, b_bc, b_w, tl.load(p_shift + (0 if KEYS else MP) + o_m), p_b, b_t, p_w, here, o_t,
-                                 o_m, K, BK, False, PRECISION)).to(OPERAND)
-        b_fa = tl.exp2(exponents(b_a, b_ac, b_w, tl.load(p_shift + (MP if KEYS else 0) + o_m), p_a, a_t, p_w, here, o_t,
-                                 o_m, K, BK, False, PRECISION))
+        b_fb = power(exponents(b_b, b_bc, b_w, tl.load(p_shift + (0 if KEYS else MP) + o_m), p_b, b_t, p_w, here, o_t,
+                               o_m, K, BK, False, PRECISION), b_bl, EXPONENT, False).to(OPERAND)
+        b_fa = power(exponents(b_a, b_ac, b_w, tl.load(p_shift + (MP if KEYS else 0) + o_m), p_a, a_t, p_w, here, o_t,
+                               o_m, K, BK, False, PRECISION), b_al, EXPONENT, False)
         b_state, b_z = tl.load(p_states + o_m[:, None] * VP + o_v[None, :]), tl.load(p_z + o_m)
-        b_df = dot(b_u, tl.trans(b_state), b_factor[:, None] * (b_z[None, :] + ADDED), PRECISION)
+        b_df = tl.broadcast_to(b_z[None, :], [BT, BM])
+        if not KEYS:
+            b_df = b_dd[:, None] * b_df + b_eps[:, None]
+        b_df = dot(b_u, tl.trans(b_state), b_df, PRECISION)
         if VP > BV:
             for i_v in range(BV, VP, BV):
                 b_state = tl.load(p_states + o_m[:, None] * VP + i_v + o_v[None, :])
@@ -103,15 +109,15 @@ def gradient_kernel(
 
 
 def backward(dy: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, projection: Tensor,
-             initial_state: Tensor | None, y: Tensor, log: Tensor, bound: float | None,
+             decay: Tensor | None, initial_state: Tensor | None, y: Tensor, log: Tensor, bound: float | None,
              cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> dq, dk, dv in their inputs' types and the gradient of the initial state in float32."""
     dy, q, k, v = (last_contiguous(x) for x in (dy, q, k, v))
     B, T, H, _ = q.shape
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    dd = torch.empty_like(log)
+    dd = torch.empty(log.shape, dtype=torch.float32, device=log.device)
     with torch.cuda.device_of(q):
-        call = Call(q, k, v, projection, bound, cu_seqlens)
+        call = Call(q, k, v, projection, decay, bound, cu_seqlens)
         if not dv.numel():
             return dq, dk, dv, call.last(dlast, q.device)
         delta_kernel[(B * H * triton.cdiv(T, 64),)](
@@ -120,7 +126,7 @@ def backward(dy: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, 
         def gradient(da: Tensor, a: Tensor, b: Tensor, u: Tensor, v: Tensor, states: Tensor, z: Tensor,
                      keys: bool) -> None:
             gradient_kernel[(call.chunk_count * H,)](
-                a, b, u, v, call.w, call.w_gradient, call.shift, log, dd, states, z, da, *call.place(),
+                a, b, u, v, call.w, call.w_gradient, call.decay, call.shift, log, dd, states, z, da, *call.place(),
                 *(stride for x in (a, b, u, v, da) for stride in x.stride()[:3]), KEYS=keys, **call.options("gradient"))
 
         states, z, _ = call.states(k, v, initial_state)
@@ -129,6 +135,6 @@ def backward(dy: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, 
         states, z, dfirst = call.states(q, dy, dlast, log, dd)
         gradient(dk, k, q, v, dy, states, z, True)
         read_kernel[(call.chunk_count * H * call.programs("read"),)](
-            k, q, dy, call.w, call.shift, log, states, z, dv, *call.place(), *k.stride()[:3], *q.stride()[:3],
-            *dy.stride()[:3], *dv.stride()[:3], BACKWARD=True, **call.options("read"))
+            k, q, dy, call.w, call.decay, call.shift, log, states, z, dv, *call.place(), *k.stride()[:3],
+            *q.stride()[:3], *dy.stride()[:3], *dv.stride()[:3], BACKWARD=True, **call.options("read"))
     return dq, dk, dv, dfirst

@@ -8,22 +8,28 @@ from torch import Tensor, nn
 
 from zoo.contract import SequenceMixer, State
 from zoo.errors import ZooError
-from zoo.layers import head_dim, rotary, small_init_, token_positions
-from zoo.ops.favor import favor_attention, orthogonal_projection
+from zoo.layers import head_dim, small_init_, token_positions
+from zoo.ops.favor import favor_attention, orbit_frequencies, orbit_projection
+from zoo.ops.rotary import turn
 
 MAX_NORM = 3.0  # of queries and keys, whose largest logit is then 9
-ROTARY_BASE = 100.0  # see Performer
 
 
 class Performer(SequenceMixer):
-    """W_o favor(rope(q), rope(k), W_v x) in H heads of K = D / H, about softmax attention with logits q . k.
+    """W_o favor(R^t q, R^t k, W_v x) in H heads of K = D / H, about softmax attention with logits q_t . R^(s-t) k_s.
 
     The relative variance of an estimate is (exp(|q + k|^2) - 1) / m (lemma 2): norms decide its quality far more than
     the number m of features. So they are bounded: q = z / sqrt(1 + |z|^2 / R^2) with R = `MAX_NORM` for attention's own
-    z = K^(-1/4) W_q x, which is z while z is short; k likewise. The rotation keeps norms, and turns the slowest channel
-    pairs by 1 / `ROTARY_BASE` a token, not by 10^-4: bounded logits tell neighbours apart only if most pairs turn.
+    z = K^(-1/4) W_q x, which is z while z is short; k likewise.
 
-    features: m, the rows of the random projection W [m, K], shared by the heads; 4 K if None.
+    Positions are what a fixed W spoils most, and what a language model needs first: of 512 tokens the one before could
+    get 0.17 of a head's weight with RoPE's frequencies and independent rows of W, where exact attention with the same
+    bound gave it 0.65. So the rotation R is by `orbit_frequencies`, which the rows of W are orbits of, and estimates
+    are relative (0.52; both alike every 2 K tokens). And as in kernelised attention with relative positions
+    (2106.12566), a bias is added to the logits, here linear (ALiBi, 2108.12409, whose slopes these are): what head
+    h = 1, ..., H holds halves every 2^(8h / H) tokens (1.0 at 16). Neither is in the paper.
+
+    features: m, the rows of the random projection W [m, K], shared by the heads; 4 K, which are two orbits, if None.
     feature_seed: W is a pure function of (feature_seed, layer, draw) and is saved with the parameters, as a buffer.
     redraw_every: optimiser steps between draws; 0 keeps the first for good, and the model learns to use it.
     """
@@ -59,13 +65,19 @@ class Performer(SequenceMixer):
         with torch.autocast(x.device.type, enabled=False):
             qk = qk.to(torch.promote_types(qk.dtype, torch.float32)) * self.head_dim**-0.25
             qk = qk * torch.rsqrt(1 + qk.square().sum(-1, keepdim=True) / MAX_NORM**2)
-        q, k = rotary(qk, positions, ROTARY_BASE).chunk(2, dim=2)
-        y, sums = favor_attention(q, k, v, self.projection, sums, max_key_norm=MAX_NORM, cu_seqlens=cu_seqlens)
+            q, k = turn(qk, self._phases(positions, qk.dtype)).to(v.dtype).chunk(2, dim=2)
+        y, sums = favor_attention(q, k, v, self.projection, sums, MAX_NORM, cu_seqlens, slopes(self.heads, x.device))
         return self.out(y.flatten(-2)), sums
+
+    def _phases(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """cos and sin [..., 2, K // 2] of positions [...], of which none is beyond the period."""
+        period = max(1, 4 * (self.head_dim // 2))
+        angle = (positions % period).to(dtype).unsqueeze(-1) * orbit_frequencies(self.head_dim, dtype, positions.device)
+        return torch.stack([angle.cos(), angle.sin()], dim=-2)
 
     def init_state(self, batch_size: int, max_len: int, *, device: torch.device | str | None = None,
                    dtype: torch.dtype = torch.float32) -> State:
-        """sums: of the key features times [value, 1]."""
+        """sums: of what is left of the key features times [value, 1]."""
         shape = batch_size, self.heads, self.features, self.head_dim + 1
         return {"sums": torch.zeros(shape, device=device, dtype=dtype),
                 "position": torch.zeros(batch_size, device=device, dtype=torch.int64)}
@@ -92,7 +104,7 @@ class Performer(SequenceMixer):
         seed = np.random.SeedSequence([self.feature_seed, self.layer_idx, draw]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(seed[0]))
         with torch.no_grad():
-            self.projection.copy_(orthogonal_projection(self.features, self.head_dim, generator))
+            self.projection.copy_(orbit_projection(self.features, self.head_dim, generator))
         self._draw = draw
 
     def reset_parameters(self, layer_idx: int, num_layers: int) -> None:
@@ -100,6 +112,11 @@ class Performer(SequenceMixer):
         small_init_(self.out.weight, gain=(2 * num_layers) ** -0.5)
         self.layer_idx, self._draw = layer_idx, None
         self._redraw(0)
+
+
+def slopes(heads: int, device: torch.device) -> Tensor:
+    """2^(-8 h / H) of head h = 1, ..., H (2108.12409, section 3)."""
+    return torch.exp2(-8 / heads * torch.arange(1, heads + 1, device=device))
 
 
 def _forget_draw(mixer: Performer, incompatible_keys: object) -> None:
