@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo.errors import ZooError
 from zoo.ops import wkv6_triton as registered
 from zoo.ops.backend import use_backend
-from zoo.ops.wkv6 import wkv6
+from zoo.ops.wkv6 import wkv6, wkv6_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KEEP = ["log_decay", "u", "initial_state"]
@@ -55,6 +55,25 @@ def plain(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, initial
 
 def check(given: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
     check_against_float64(wkv6, wkv6, plain, given, dtype, keep=KEEP, factor=2.0 if dtype != torch.float32 else 4.0)
+
+
+def of_decays(r: Tensor, k: Tensor, v: Tensor, d: Tensor, base: Tensor, u: Tensor, initial_state: Tensor,
+              cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """In one type throughout, but for the decays, which a user of bf16 has in float32."""
+    d = base + d
+    log_decay = -torch.exp(d.to(torch.promote_types(d.dtype, torch.float32)))
+    return plain(r, k, v, log_decay, u, initial_state, cu_seqlens)
+
+
+def check_decays(given: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
+    """d in the dtype of r, k, v, base in float32: e^-e^5 to e^-e^-9."""
+    generator = torch.Generator().manual_seed(1)
+    d = torch.randn(given["log_decay"].shape, generator=generator, dtype=torch.float64).to(DEVICE)
+    base = torch.linspace(-8, 4, given["u"].numel(), dtype=torch.float64, device=DEVICE).view(given["u"].shape)
+    given = {"r": given["r"], "k": given["k"], "v": given["v"], "d": d, "base": base} | {
+        name: x for name, x in given.items() if name in ("u", "initial_state", "cu_seqlens")}
+    check_against_float64(wkv6_of, wkv6_of, of_decays, given, dtype, keep=["base", "u", "initial_state"],
+                          factor=2.0 if dtype != torch.float32 else 4.0)
 
 
 def cut_into_segments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +128,15 @@ def test_documents(borders: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     check(given | {"cu_seqlens": torch.tensor(borders, dtype=torch.int32, device=DEVICE)})
     cut_into_segments(monkeypatch)
     check(given | {"cu_seqlens": torch.tensor(borders, device=DEVICE)})
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decays_of_their_logarithms_logarithm(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_decays(inputs(70, B=1), dtype)
+    cut_into_segments(monkeypatch)
+    borders = torch.tensor([0, 0, 5, 70, 100, 100], device=DEVICE)
+    check_decays(inputs(100, 24, 40, B=1, H=1, rows=5) | {"cu_seqlens": borders}, dtype)
 
 
 def extreme(kind: str, T: int = 70, K: int = 16) -> dict[str, Tensor]:
@@ -232,6 +260,7 @@ def test_the_operator_is_registered_as_it_should_be() -> None:
     given = [x.float().requires_grad_() for x in inputs(17, B=1).values()]
     torch.library.opcheck(registered._forward, (*given, None, True))
     torch.library.opcheck(registered._forward, (*given[:5], None, torch.tensor([0, 4, 17]), True))
+    torch.library.opcheck(registered._forward, (*given, None, True, torch.zeros(2, 16, requires_grad=True)))
 
 
 def test_compiled_equals_eager() -> None:
@@ -282,6 +311,16 @@ def test_lengths_on_a_gpu(T: int, dtype: torch.dtype) -> None:
     (64, 64, torch.float16), (128, 128, torch.bfloat16), (256, 64, torch.bfloat16), (5, 1, torch.float32)])
 def test_widths_on_a_gpu(K: int, V: int, dtype: torch.dtype) -> None:
     check(inputs(129, K, V), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decays_of_their_logarithms_logarithm_on_a_gpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_decays(inputs(333, 64, 64), dtype)
+    check_decays(inputs(65, 128, 80), dtype)
+    cut_into_segments(monkeypatch)
+    borders = torch.tensor([0, 0, 5, 200, 200, 201, 500, 500], device=DEVICE)
+    check_decays(inputs(500, 64, 64, B=1, rows=7) | {"cu_seqlens": borders}, dtype)
 
 
 @pytest.mark.gpu

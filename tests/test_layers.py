@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.errors import ZooError
-from zoo.layers import SwiGLU, enlarged, head_dim, rotary, small_init_, token_positions, token_shift
+from zoo.layers import SwiGLU, enlarged, head_dim, rotary, small_init_, token_positions
+from zoo.ops.token_mix import token_shift
 
 
 def turned(x: Tensor, positions: Tensor) -> Tensor:

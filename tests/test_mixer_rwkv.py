@@ -118,7 +118,7 @@ def test_ranks_shrink_below_512_channels() -> None:
 
 def test_flops_are_the_matrix_products_and_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
     mixer, channel = TimeMix(D, H, 64), ChannelMix(D, 40)
-    monkeypatch.setattr(rwkv, "wkv6", lambda r, k, v, log_decay, u, state, documents: (v, state))
+    monkeypatch.setattr(rwkv, "wkv6_of", lambda r, k, v, d, base, u, state, documents: (v, state))
     x = torch.randn(1, 50, D)
     with FlopCounterMode(display=False) as counter:
         mixer(x)

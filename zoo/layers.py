@@ -48,18 +48,6 @@ def enlarged(cache: Tensor, length: int) -> Tensor:
     return larger
 
 
-def token_shift(x: Tensor, previous: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """x [B, T, D] moved one token later; `previous` [B, D] (zeros if None) stands before the first.
-
-    With cu_seqlens [N + 1] (see `SequenceMixer.forward`) zeros stand before the first token of every document.
-    """
-    first = torch.zeros_like(x[:, :1]) if previous is None else previous.unsqueeze(1).to(x.dtype)
-    shifted = torch.cat([first, x[:, :-1]], dim=1)
-    if cu_seqlens is None:
-        return shifted
-    return shifted.masked_fill((token_positions(x, cu_seqlens) == 0).unsqueeze(-1), 0)
-
-
 def small_init_(weight: Tensor, gain: float = 1.0) -> None:
     """N(0, 2 / 5D) times `gain`, the "small init" of Nguyen and Salazar (1910.05895), D the weight's input width."""
     nn.init.normal_(weight, std=gain * (2 / (5 * weight.shape[1])) ** 0.5)

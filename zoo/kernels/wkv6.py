@@ -105,7 +105,7 @@ def halves_backward(x, border, da, da_t, level, BT: tl.constexpr, BK: tl.constex
 
 
 @triton.jit(do_not_specialize=["T", "L", "pieces", "documents"])
-def _outputs(r, k, v, w, u, states, y, pairs, cu_seqlens, table, T, L, pieces, documents, H, K, V,
+def _outputs(r, k, v, w, base, u, states, y, pairs, cu_seqlens, table, T, L, pieces, documents, H, K, V,
              r_b, r_t, r_h, k_b, k_t, k_h, v_b, v_t, v_h, w_b, w_t, w_h,
              BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
              EXACT: tl.constexpr, LIMIT: tl.constexpr, KEEP: tl.constexpr):
@@ -132,7 +132,9 @@ def _outputs(r, k, v, w, u, states, y, pairs, cu_seqlens, table, T, L, pieces, d
     k += i_b * k_b + first * k_t + i_h * k_h
     v += i_b * v_b + first * v_t + i_h * v_h
     w += i_b * w_b + first * w_t + i_h * w_h
-    SPLIT: tl.constexpr = w.dtype.element_ty != OP
+    if base is not None:
+        base += i_h * K
+    SPLIT: tl.constexpr = base is not None or w.dtype.element_ty != OP
     # of sums over K: a tensor core rounds each of its steps towards 0, which 200 of them show in float32
     LONG: tl.constexpr = "ieee" if EXACT and BK > 128 else PRECISION
     states += ((slot + i_c) * H + i_h) * K * V
@@ -140,7 +142,7 @@ def _outputs(r, k, v, w, u, states, y, pairs, cu_seqlens, table, T, L, pieces, d
     ask_for(states, K, o_v, V, K, BK)
     ask_for(k, k_t, o_t, left, K, BK)
     ask_for(v + tl.program_id(1) * BV, v_t, o_t, left, V - tl.program_id(1) * BV, BV)
-    own = log_decays(w, w_t, o_t, o_k, m_tk)
+    own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k)
     before, after, all_, other = exponents(own, BT, BK, OP, EXACT, SPLIT)
     b_r = rows(r, r_t, o_t, o_k, m_tk).to(tl.float32)
     b_state = rows(states, K, o_v, o_k, m_v[:, None] & m_k[None, :])
@@ -162,7 +164,7 @@ def _outputs(r, k, v, w, u, states, y, pairs, cu_seqlens, table, T, L, pieces, d
         for level in range(0, tl.minimum(left, 4)):
             x = tl.where((i >> level) % 2 == 1, rows(r, r_t, o_t, o_k, m_tk).to(tl.float32),
                          rows(k, k_t, o_t, o_k, m_tk).to(tl.float32))
-            own = log_decays(w, w_t, o_t, o_k, m_tk)
+            own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k)
             scores += halves(x, between(own, level, BT, BK, OP, EXACT, SPLIT), level, BT, OP, LONG)
     if KEEP and tl.program_id(1) == 0:
         tl.store(pairs + ((slot + i_c) * H + i_h) * BT * BT + i * BT + j, scores.to(OP))
@@ -173,7 +175,7 @@ def _outputs(r, k, v, w, u, states, y, pairs, cu_seqlens, table, T, L, pieces, d
 
 
 @triton.jit(do_not_specialize=["T", "L", "pieces", "documents"])
-def _gradients(r, k, v, w, u, dy, states, pairs, dstates, dr, dk, dv, dw, du, cu_seqlens, table,
+def _gradients(r, k, v, w, base, u, dy, states, pairs, dstates, dr, dk, dv, dw, du, dbase, cu_seqlens, table,
                T, L, pieces, documents, H, K, V,
                r_b, r_t, r_h, k_b, k_t, k_h, v_b, v_t, v_h, w_b, w_t, w_h, dy_b, dy_t, dy_h,
                BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
@@ -189,9 +191,11 @@ def _gradients(r, k, v, w, u, dy, states, pairs, dstates, dr, dk, dv, dw, du, cu
     m_k = o_k < K
     m_v = o_v < V
     blocks = tl.num_programs(1)
-    p_du = du + (tl.program_id(0).to(tl.int64) * blocks + i_v) * K + o_k
+    o_sum = (tl.program_id(0).to(tl.int64) * blocks + i_v) * K + o_k
     if i_n < 0:
-        tl.store(p_du, tl.zeros([BK], tl.float32), mask=m_k)
+        tl.store(du + o_sum, tl.zeros([BK], tl.float32), mask=m_k)
+        if base is not None:
+            tl.store(dbase + o_sum, tl.zeros([BK], tl.float32), mask=m_k)
         return
     first = bos + i_c * BT
     left = tl.minimum(length - i_c * BT, BT).to(tl.int32)
@@ -206,7 +210,9 @@ def _gradients(r, k, v, w, u, dy, states, pairs, dstates, dr, dk, dv, dw, du, cu
     v += i_b * v_b + first * v_t + i_h * v_h
     w += i_b * w_b + first * w_t + i_h * w_h
     dy += i_b * dy_b + first * dy_t + i_h * dy_h
-    SPLIT: tl.constexpr = w.dtype.element_ty != OP
+    if base is not None:
+        base += i_h * K
+    SPLIT: tl.constexpr = base is not None or w.dtype.element_ty != OP
     # of sums over K: a tensor core rounds each of its steps towards 0, which 200 of them show in float32
     LONG: tl.constexpr = "ieee" if EXACT and BK > 128 else PRECISION
     none = tl.zeros([BT, BK], tl.float32)
@@ -241,7 +247,7 @@ def _gradients(r, k, v, w, u, dy, states, pairs, dstates, dr, dk, dv, dw, du, cu
     through = tl.sum(b_state.to(tl.float32) * b_dstate.to(tl.float32), 0)
 
     # gradients of values: from the pairs, and to the chunk's end
-    own = log_decays(w, w_t, o_t, o_k, m_tk)
+    own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k)
     before, after, all_, other = exponents(own, BT, BK, OP, EXACT, SPLIT)
     b_k = rows(k, k_t, o_t, o_k, m_tk).to(tl.float32)
     to_end = exp(after + tl.where(second, 0.0, other))
@@ -286,7 +292,7 @@ def _gradients(r, k, v, w, u, dy, states, pairs, dstates, dr, dk, dv, dw, du, cu
             later_half = (i >> level) % 2 == 1
             x = tl.where(later_half, rows(r, r_t, o_t, o_k, m_tk).to(tl.float32),
                          rows(k, k_t, o_t, o_k, m_tk).to(tl.float32))
-            own = log_decays(w, w_t, o_t, o_k, m_tk)
+            own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k)
             border = between(own, level, BT, BK, OP, EXACT, SPLIT)
             dx = halves_backward(x, border, da, da_t, level, BT, BK, OP, PRECISION)
             b_dr += tl.where(later_half, dx, 0.0)
@@ -294,8 +300,12 @@ def _gradients(r, k, v, w, u, dy, states, pairs, dstates, dr, dk, dv, dw, du, cu
             beyond = (i >> level == j >> level) & tl.where(later_half, j > i, j < i)
             b_dw = sums(tl.where(beyond, -1.0, 0.0), x * dx, b_dw, OP, EXACT, False)
     b_dw = sums(tl.where(block & (j > i), -1.0, 0.0), later_sum, b_dw, OP, EXACT, True)
-    own = log_decays(w, w_t, o_t, o_k, m_tk)
-    tl.store(dw + o_out, tl.where(own <= NOTHING, 0.0, -b_dw).to(dw.dtype.element_ty), mask=m_tk)
+    own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k)
+    b_dw = tl.where(own <= NOTHING, 0.0, -b_dw)
+    if base is not None:
+        b_dw *= own
+        tl.store(dbase + o_sum, tl.sum(b_dw, 0), mask=m_k)
+    tl.store(dw + o_out, b_dw.to(dw.dtype.element_ty), mask=m_tk)
 
     # a token with itself
     itself = tl.sum(tl.where(i == j, da, 0.0), 1)[:, None]
@@ -304,11 +314,11 @@ def _gradients(r, k, v, w, u, dy, states, pairs, dstates, dr, dk, dv, dw, du, cu
     b_u = tl.load(u + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
     tl.store(dr + o_out, (b_dr + itself * b_u * b_k).to(dr.dtype.element_ty), mask=m_tk)
     tl.store(dk + o_out, (b_dk + itself * b_u * b_r).to(dk.dtype.element_ty), mask=m_tk)
-    tl.store(p_du, tl.sum(itself * b_r * b_k, 0), mask=m_k)
+    tl.store(du + o_sum, tl.sum(itself * b_r * b_k, 0), mask=m_k)
 
 
 def forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None,
-            keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            keep: bool, base: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """r, k, w [B, T, H, K], v [B, T, H, V], u [H, K], initial [N, H, K, V] -> y, final state, chunks' states and A.
 
     The latter two, for the backward pass, have no elements if not `keep`.
@@ -328,19 +338,19 @@ def forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial: Tens
     pairs = new(slots if keep else 0, H, BT, BT, dtype=op, device=r.device)
     if not y.numel():
         return y, final, torch.zeros(len(pairs), H, V, K, dtype=op, device=r.device), pairs
-    states = walk(k, v, w, initial, final, slots, cu_seqlens, op, how, False)
+    states = walk(k, v, w, base, initial, final, slots, cu_seqlens, op, how, False)
     launch = numbers("outputs", r, v, op)
     chunks = Pieces(r, cu_seqlens, BT)
     _outputs[chunks.rows * H, triton.cdiv(V, launch["BV"])](
-        r, k, v, w, u, states, y, pairs, *chunks.numbers, H, K, V,
+        r, k, v, w, base, u, states, y, pairs, *chunks.numbers, H, K, V,
         *r.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride()[:3], **launch, **how, KEEP=keep)
     return y, final, states if keep else states.new_empty(0, H, V, K), pairs
 
 
 def backward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, states: Tensor, pairs: Tensor, dy: Tensor,
-             dfinal: Tensor | None, cu_seqlens: Tensor | None
-             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients of r, k, v, w, u and the initial state (float32), from what `forward` kept."""
+             dfinal: Tensor | None, cu_seqlens: Tensor | None, base: Tensor | None
+             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of r, k, v, w, u, the initial state (float32) and base, from what `forward` kept."""
     B, T, H, K = r.shape
     V = v.shape[-1]
     op, how = operands(r, k, v)
@@ -352,19 +362,22 @@ def backward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, states: Tens
         dinitial = dinitial.zero_() if dfinal is None else dinitial.copy_(dfinal)
     if not dy.numel():
         zeros = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (r, k, v, w, u)]
-        return zeros[0], zeros[1], zeros[2], zeros[3], zeros[4], dinitial
-    dstates = walk(r, dy, w, dfinal, dinitial, len(states), cu_seqlens, op, how, True)
+        dbase = u.new_empty(0) if base is None else torch.zeros_like(base)
+        return zeros[0], zeros[1], zeros[2], zeros[3], zeros[4], dinitial, dbase
+    dstates = walk(r, dy, w, base, dfinal, dinitial, len(states), cu_seqlens, op, how, True)
     chunks = Pieces(r, cu_seqlens, launch["BT"])
     # several blocks of values: each has its part of what they share
     dr, dk, dw = (torch.empty(B, T, H, blocks, K, dtype=x.dtype if blocks == 1 else torch.float32, device=r.device)
                   for x in (r, k, w))
     dv = torch.empty(B, T, H, V, dtype=v.dtype, device=v.device)
     du = torch.empty(chunks.rows, H, blocks, K, dtype=torch.float32, device=r.device)
+    dbase = du if base is None else torch.empty_like(du)
     _gradients[chunks.rows * H, blocks](
-        r, k, v, w, u, dy, states, pairs, dstates, dr, dk, dv, dw, du, *chunks.numbers, H, K, V,
+        r, k, v, w, base, u, dy, states, pairs, dstates, dr, dk, dv, dw, du, dbase, *chunks.numbers, H, K, V,
         *r.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride()[:3], *dy.stride()[:3], **launch, **how)
     if blocks > 1:
         dr, dk, dw = (x.sum(3).to(like.dtype) for x, like in zip((dr, dk, dw), (r, k, w), strict=True))
     else:
         dr, dk, dw = (x.squeeze(3) for x in (dr, dk, dw))
-    return dr, dk, dv, dw, du.sum((0, 2)).to(u.dtype), dinitial
+    dbase = u.new_empty(0) if base is None else dbase.sum((0, 2)).to(base.dtype)
+    return dr, dk, dv, dw, du.sum((0, 2)).to(u.dtype), dinitial, dbase

@@ -15,6 +15,7 @@ from torch import Tensor
 from zoo.kernels._common import INTERPRETED, LOG2E, document_chunks, dot, power_of_two, precision
 
 NOTHING = tl.constexpr(-104.0)  # exp of less is 0 in float32
+MOST = tl.constexpr(5.0)  # e^5 is more than enough to be one of those
 
 
 @triton.jit
@@ -62,8 +63,12 @@ def ask_for(x, stride, o_t, last, columns, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def log_decays(w, stride, o_t, o_k, m):
+def log_decays(w, base, stride, o_t, o_k, m, m_k):
+    """Log decays: w itself, or with a base [K] -e^(base + w), whose rounding to w's type would show."""
     own = rows(w, stride, o_t, o_k, m).to(tl.float32)
+    if base is not None:
+        own += tl.load(base + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
+        own = tl.where(m, -exp(tl.minimum(own, MOST)), 0.0)
     return tl.where(own < NOTHING, NOTHING, own)
 
 
@@ -96,7 +101,7 @@ def exp(x):
 
 
 @triton.jit(do_not_specialize=["T", "L", "pieces", "documents"])
-def _walk(a, b, w, initial, borders, sums_, final, states, cu_seqlens, table, T, L, pieces, documents, H, K, V,
+def _walk(a, b, w, base, initial, borders, sums_, final, states, cu_seqlens, table, T, L, pieces, documents, H, K, V,
           a_b, a_t, a_h, b_b, b_t, b_h, w_b, w_t, w_h,
           BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
           EXACT: tl.constexpr, REVERSE: tl.constexpr, KEEP: tl.constexpr):
@@ -123,6 +128,8 @@ def _walk(a, b, w, initial, borders, sums_, final, states, cu_seqlens, table, T,
     a += i_b * a_b + bos * a_t + i_h * a_h
     b += i_b * b_b + bos * b_t + i_h * b_h
     w += i_b * w_b + bos * w_t + i_h * w_h
+    if base is not None:
+        base += i_h * K
     states += (slot * H + i_h) * K * V + o_state
     p_border = borders + ((first_piece + i_s) * H + i_h) * K * V + o_state
     inside = o_r[None, :] < o_r[:, None] if REVERSE else o_r[None, :] > o_r[:, None]
@@ -141,11 +148,11 @@ def _walk(a, b, w, initial, borders, sums_, final, states, cu_seqlens, table, T,
         m_tk = (o_t < last)[:, None] & m_k[None, :]
         b_a = rows(a, a_t, o_t, o_k, m_tk).to(tl.float32)
         b_b_ = rows(b, b_t, o_t, o_v, (o_t < last)[:, None] & m_v[None, :]).to(OP)
-        own = log_decays(w, w_t, o_t, o_k, m_tk)
+        own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k)
         if KEEP:
             tl.store(states + i_c * H * K * V, b_state.to(OP), mask=m_state)
         b_a *= exp(sums(tl.where(inside, 1.0, 0.0), own, tl.zeros([BT, BK], tl.float32), OP, EXACT,
-                           w.dtype.element_ty != OP))
+                           base is not None or w.dtype.element_ty != OP))
         total = tl.sum(own, 0)
         b_state = dot(tl.trans(b_b_), b_a.to(OP), b_state * tl.exp(total)[None, :], PRECISION)
         decay += total
@@ -263,7 +270,7 @@ def segments(r: Tensor, blocks: int, cu_seqlens: Tensor | None, BT: int) -> Piec
     return Pieces(r, cu_seqlens, max(1, -(-T // (BT * (pieces if pieces > 2 else 1)))) * BT)
 
 
-def walk(a: Tensor, b: Tensor, w: Tensor, initial: Tensor | None, final: Tensor, slots: int,
+def walk(a: Tensor, b: Tensor, w: Tensor, base: Tensor | None, initial: Tensor | None, final: Tensor, slots: int,
          cu_seqlens: Tensor | None, op: torch.dtype, how: dict, reverse: bool) -> Tensor:
     """States before the chunks, or their gradients after them, [slots, H, V, K]; the last one into `final`."""
     H, K, V = *a.shape[2:], b.shape[-1]
@@ -278,9 +285,9 @@ def walk(a: Tensor, b: Tensor, w: Tensor, initial: Tensor | None, final: Tensor,
     if cut.per_row > 1:
         borders, decay = (torch.empty(cut.slots, H, *size, dtype=torch.float32, device=a.device) for size in
                           ((V, K), (K,)))
-        _walk[cut.rows * H, *blocks](a, b, w, None, borders, decay, final, states, *rest, **launch, KEEP=False)
+        _walk[cut.rows * H, *blocks](a, b, w, base, None, borders, decay, final, states, *rest, **launch, KEEP=False)
         _scan[len(final) * H, triton.cdiv(V, 16)](
             borders, decay, initial, cut.cu_seqlens, *cut.numbers[3:], H, K, V, BK=max(16, power_of_two(K)), BV=16,
             REVERSE=reverse)
-    _walk[cut.rows * H, *blocks](a, b, w, initial, borders, decay, final, states, *rest, **launch, KEEP=True)
+    _walk[cut.rows * H, *blocks](a, b, w, base, initial, borders, decay, final, states, *rest, **launch, KEEP=True)
     return states

@@ -16,13 +16,14 @@ constructors of time mix and channel mix, `generate_init_weight`, `configure_opt
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.contract import SequenceMixer, State
 from zoo.errors import ZooError
-from zoo.layers import head_dim, token_shift
-from zoo.ops.wkv6 import wkv6
+from zoo.layers import head_dim
+from zoo.ops.norm_gate import norm_gate
+from zoo.ops.token_mix import ddlerp, token_mix
+from zoo.ops.wkv6 import wkv6_of
 
 
 def _last(x: Tensor, state: State) -> State:
@@ -38,6 +39,8 @@ def _ramp(dim: int) -> Tensor:
 class ChannelMix(SequenceMixer):
     """The channel slot: squared ReLU, gated, both on mixtures of a token and the one before."""
 
+    projects_input = True
+
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
         self.mix = nn.Parameter(torch.empty(2, dim))  # k, r
@@ -46,20 +49,17 @@ class ChannelMix(SequenceMixer):
         self.value = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        return self._mixed(x, token_shift(x, cu_seqlens=cu_seqlens))
+        return self._mixed(*token_mix(x, self.mix, cu_seqlens=cu_seqlens))
 
-    def _mixed(self, x: Tensor, before: Tensor) -> Tensor:
-        delta = before - x
-        k = self.key(torch.addcmul(x, delta, self.mix[0]))
-        r = self.receptance(torch.addcmul(x, delta, self.mix[1]))
-        return r.sigmoid() * self.value(k.relu().square())
+    def _mixed(self, xk: Tensor, xr: Tensor) -> Tensor:
+        return self.receptance(xr).sigmoid() * self.value(self.key(xk).relu().square())
 
     def init_state(self, batch_size: int, max_len: int, *, device: torch.device | str | None = None,
                    dtype: torch.dtype = torch.float32) -> State:
         return {"shift": torch.zeros(batch_size, self.mix.shape[1], device=device, dtype=dtype)}
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        return self._mixed(x, token_shift(x, state["shift"])), _last(x, state)
+        return self._mixed(*token_mix(x, self.mix, previous=state["shift"])), _last(x, state)
 
     def flops(self, seq_len: int) -> int:
         return 2 * seq_len * sum(linear.weight.numel() for linear in (self.key, self.receptance, self.value))
@@ -81,6 +81,7 @@ class TimeMix(SequenceMixer):
     channel_mixer = ChannelMix
     paper = "RWKV-6 (Finch), 2404.05892"
     complexity = "O(T), O(1)"
+    projects_input = True
 
     def __init__(self, dim: int, heads: int, seq_len: int, *, mix_rank: int | None = None,
                  decay_rank: int | None = None):
@@ -107,23 +108,17 @@ class TimeMix(SequenceMixer):
         self.output = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        return self._mixed(x, token_shift(x, cu_seqlens=cu_seqlens), cu_seqlens=cu_seqlens)[0]
+        return self._mixed(x, None, None, cu_seqlens)[0]
 
-    def _mixed(self, x: Tensor, before: Tensor, wkv: Tensor | None = None,
-               cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x, and the tokens before it, [B, T, D] -> (y [B, T, D], wkv state after the last)."""
-        delta = before - x
-        low = torch.tanh(torch.addcmul(x, delta, self.mix_base) @ self.mix_down).view(-1, 5, self.mix_up.shape[1])
-        mix = torch.baddbmm(self.mix.unsqueeze(1), low.transpose(0, 1), self.mix_up).view(5, *x.shape)
-        xw, xk, xv, xr, xg = (torch.addcmul(x, delta, each) for each in mix.unbind(0))
-        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        d = self.decay + torch.tanh(xw @ self.decay_down) @ self.decay_up
-        log_decay = -torch.exp(d.to(torch.promote_types(d.dtype, torch.float32)))
-        r, k, v, log_decay = (z.unflatten(-1, self.bonus.shape) for z in (r, k, v, log_decay))
-        y, wkv = wkv6(r, k, v, log_decay, self.bonus, wkv, cu_seqlens)
-        y = F.layer_norm(y, y.shape[-1:], eps=64e-5).flatten(-2)  # a group norm; half the time of torch's on a CPU
-        y = torch.addcmul(self.norm_bias, y, self.norm_weight)
-        return self.output(y * F.silu(self.gate(xg))), wkv
+    def _mixed(self, x: Tensor, previous: Tensor | None, wkv: Tensor | None,
+               cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [B, T, D], the token before it and the wkv state (zeros if None) -> (y [B, T, D], wkv state after)."""
+        xw, xk, xv, xr, xg = ddlerp(x, self.mix_base, self.mix_down, self.mix, self.mix_up, previous=previous,
+                                    cu_seqlens=cu_seqlens)
+        d = torch.tanh(xw @ self.decay_down) @ self.decay_up
+        r, k, v, d = (z.unflatten(-1, self.bonus.shape) for z in (self.receptance(xr), self.key(xk), self.value(xv), d))
+        y, wkv = wkv6_of(r, k, v, d, self.decay.view_as(self.bonus), self.bonus, wkv, cu_seqlens)
+        return self.output(norm_gate(y, self.gate(xg), self.norm_weight, self.norm_bias, eps=64e-5)), wkv
 
     def init_state(self, batch_size: int, max_len: int, *, device: torch.device | str | None = None,
                    dtype: torch.dtype = torch.float32) -> State:
@@ -132,7 +127,7 @@ class TimeMix(SequenceMixer):
                 "wkv": torch.zeros(batch_size, heads, size, size, device=device)}
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, wkv = self._mixed(x, token_shift(x, state["shift"]), state["wkv"])
+        y, wkv = self._mixed(x, state["shift"], state["wkv"], None)
         return y, _last(x, state) | {"wkv": wkv}
 
     def flops(self, seq_len: int) -> int:

@@ -56,6 +56,18 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, initial_
     return torch.cat(y, dim=1), torch.cat(states)
 
 
+def wkv6_of(r: Tensor, k: Tensor, v: Tensor, d: Tensor, base: Tensor, u: Tensor, initial_state: Tensor | None = None,
+            cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """wkv6 of log_decay = -exp(base + d), RWKV-6's own: d [B, T, H, K] from the data, base [H, K].
+
+    The sum and its exponential are float32 (float64 if given that), in the kernels' registers: d is read as it comes.
+    """
+    if KERNEL.chosen(r, r.shape[-1], v.shape[-1]):
+        return wkv6_triton(r, k, v, d, u, initial_state, cu_seqlens, base)
+    d = base + d
+    return wkv6(r, k, v, -torch.exp(d.to(torch.promote_types(d.dtype, torch.float32))), u, initial_state, cu_seqlens)
+
+
 def _wkv6(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """wkv6 of a batch, in the state's type."""
     if r.shape[1] == 0:

@@ -15,8 +15,8 @@ from zoo.ops.documents import check_documents
 
 
 def wkv6_triton(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, state: Tensor | None,
-                cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What wkv6 does, for floating types of any mixture.
+                cu_seqlens: Tensor | None, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What wkv6 does, for floating types of any mixture; with a base [H, K] the log decays are -e^(base + log_decay).
 
     r, k, v in bf16 are multiplied in bf16, in fp16 in TF32, which has fp16's digits and float32's range, and in a
     mixture with float32 in float32 precision. Sums, states and exponents are float32. Saved for the backward pass: the
@@ -27,20 +27,23 @@ def wkv6_triton(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, s
     if cu_seqlens is not None:
         check_documents(r, cu_seqlens)
         rows, cu_seqlens = len(cu_seqlens) - 1, cu_seqlens.contiguous()
-    _check_shapes(r, k, v, log_decay, u, state, rows)
+    _check_shapes(r, k, v, log_decay, u, state, rows, base)
     r, k, v, log_decay = (x if x.stride(-1) == 1 else x.contiguous() for x in (r, k, v, log_decay))
     given = r, k, v, log_decay, u.contiguous(), None if state is None else state.contiguous()
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-    y, final, *_ = _forward(*given, cu_seqlens, keep)
+    base = None if base is None else base.contiguous()
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*given, base))
+    y, final, *_ = _forward(*given, cu_seqlens, keep, base)
     return y, final
 
 
 def _check_shapes(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, state: Tensor | None,
-                  rows: int) -> None:
+                  rows: int, base: Tensor | None) -> None:
     wanted = {"k": (k, r.shape), "log_decay": (log_decay, r.shape), "v": (v, (*r.shape[:3], v.shape[-1])),
               "u": (u, r.shape[2:])}
     if state is not None:
         wanted["initial_state"] = state, (rows, *r.shape[2:], v.shape[-1])
+    if base is not None:
+        wanted["base"] = base, r.shape[2:]
     for name, (x, shape) in wanted.items():
         if tuple(x.shape) != tuple(shape):
             raise ZooError(f"{name} is {list(x.shape)}; allowed beside r {list(r.shape)}: {list(shape)}")
@@ -48,16 +51,17 @@ def _check_shapes(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor,
 
 @torch.library.custom_op("zoo::wkv6", mutates_args=())
 def _forward(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, state: Tensor | None,
-             cu_seqlens: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+             cu_seqlens: Tensor | None, keep: bool,
+             base: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> y, final state, and if `keep`, for the backward pass, the states before chunks and their A."""
     from zoo.kernels import wkv6
 
-    return wkv6.forward(r, k, v, log_decay, u, state, cu_seqlens, keep)
+    return wkv6.forward(r, k, v, log_decay, u, state, cu_seqlens, keep, base)
 
 
 @_forward.register_fake
 def _(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, state: Tensor | None,
-      cu_seqlens: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+      cu_seqlens: Tensor | None, keep: bool, base: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from zoo.kernels import wkv6
 
     op, _ = wkv6.operands(r, k, v)
@@ -71,37 +75,40 @@ def _(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, state: Tens
 
 @torch.library.custom_op("zoo::wkv6_backward", mutates_args=())
 def _backward(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, states: Tensor, pairs: Tensor,
-              dy: Tensor, dfinal: Tensor | None, cu_seqlens: Tensor | None
-              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients of r, k, v, log_decay, u and the initial state."""
+              dy: Tensor, dfinal: Tensor | None, cu_seqlens: Tensor | None, base: Tensor | None
+              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of r, k, v, log_decay, u, the initial state, and base (without elements if there is none)."""
     from zoo.kernels import wkv6
 
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
-    return wkv6.backward(r, k, v, log_decay, u, states, pairs, dy, dfinal, cu_seqlens)
+    return wkv6.backward(r, k, v, log_decay, u, states, pairs, dy, dfinal, cu_seqlens, base)
 
 
 @_backward.register_fake
 def _(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, states: Tensor, pairs: Tensor, dy: Tensor,
-      dfinal: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+      dfinal: Tensor | None, cu_seqlens: Tensor | None,
+      base: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     documents = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dr, dk, dv, dw, du = (x.new_empty(x.shape) for x in (r, k, v, log_decay, u))
-    return dr, dk, dv, dw, du, r.new_empty(documents, *r.shape[2:], v.shape[-1], dtype=torch.float32)
+    dinitial = r.new_empty(documents, *r.shape[2:], v.shape[-1], dtype=torch.float32)
+    return dr, dk, dv, dw, du, dinitial, u.new_empty(0) if base is None else base.new_empty(base.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    r, k, v, log_decay, u, state, cu_seqlens, _ = inputs
+    r, k, v, log_decay, u, state, cu_seqlens, _, base = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(r, k, v, log_decay, u, *output[2:], cu_seqlens)
+    ctx.save_for_backward(r, k, v, log_decay, u, *output[2:], cu_seqlens, base)
     ctx.state_dtype = None if state is None else state.dtype
 
 
 def _gradients(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    r, k, v, log_decay, u, states, pairs, cu_seqlens = ctx.saved_tensors
+    r, k, v, log_decay, u, states, pairs, cu_seqlens, base = ctx.saved_tensors
     if dy is None:
         dy = r.new_zeros(*r.shape[:3], v.shape[-1])
-    *grads, dinitial = _backward(r, k, v, log_decay, u, states, pairs, dy, dfinal, cu_seqlens)
-    return *grads, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), None, None
+    *grads, dinitial, dbase = _backward(r, k, v, log_decay, u, states, pairs, dy, dfinal, cu_seqlens, base)
+    dinitial = None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype)
+    return *grads, dinitial, None, None, None if base is None else dbase
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
