@@ -22,12 +22,13 @@ class Performer(SequenceMixer):
     the number m of features. So they are bounded: q = z / sqrt(1 + |z|^2 / R^2) with R = `MAX_NORM` for attention's own
     z = K^(-1/4) W_q x, which is z while z is short; k likewise.
 
-    Positions are what a fixed W spoils most, and what a language model needs first: of 512 tokens the one before could
-    get 0.17 of a head's weight with RoPE's frequencies and independent rows of W, where exact attention with the same
-    bound gave it 0.65. So the rotation R is by `orbit_frequencies`, which the rows of W are orbits of, and estimates
-    are relative (0.52; both alike every 2 K tokens). And as in kernelised attention with relative positions
-    (2106.12566), a bias is added to the logits, here linear (ALiBi, 2108.12409, whose slopes these are): what head
-    h = 1, ..., H holds halves every 2^(8h / H) tokens (1.0 at 16). Neither is in the paper.
+    Positions are what a fixed W spoils most, and what a language model needs first: of 1024 tokens the one before could
+    get 0.10 of a head's weight with independent rows of W and rotary frequencies 100^(-2i/K), where exact attention
+    with the same bound gave it 0.56. So the rotation R is by `orbit_frequencies`, in whose orbits the rows of W are, and
+    estimates are relative: 0.34, as every 2 K tokens look alike. And as in kernelised attention with relative positions
+    (2106.12566) the logits have a bias, here a linear one (ALiBi, 2108.12409, whose slopes these are): what head
+    h = 1, ..., H holds halves every 2^(8h / H) tokens, 0.79 at 64, 1.00 at 16. Neither is in the paper, and the price is
+    that nothing is held for many times 256 tokens (docs/kernels/favor.md).
 
     features: m, the rows of the random projection W [m, K], shared by the heads; 4 K, which are two orbits, if None.
     feature_seed: W is a pure function of (feature_seed, layer, draw) and is saved with the parameters, as a buffer.
