@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def test_a_compiled_loss_has_the_same_gradients(case: Case, traced: list[torch.f
     compiling.compiled_loss(compiled)(tokens[:, :-1], tokens[:, 1:], reduction="sum").backward()
     graphs = len(traced)
     compiling.compiled_loss(tiny(case, layers=4).train())(tokens[:, :-1], tokens[:, 1:], reduction="sum").backward()
-    assert len(traced) == graphs >= 4
+    assert len(traced) == 2 * graphs >= 8
     for (name, plain), other in zip(model.named_parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(other.grad, plain.grad, rtol=1e-4, atol=1e-4, msg=name)
 
@@ -76,3 +77,16 @@ def test_a_compiled_run(tmp_path: Path, traced: list[torch.fx.GraphModule]) -> N
         assert float(theirs["loss"]) == pytest.approx(float(mine["loss"]), rel=1e-4)
         assert float(theirs["grad_norm"]) == pytest.approx(float(mine["grad_norm"]), rel=1e-3)
     train(made(tmp_path / "compiled", steps=6, resume="auto"))
+
+
+def test_each_run_says_what_its_ops_ran_on(tmp_path: Path, traced: list[torch.fx.GraphModule]) -> None:
+    """That is asked while a run is traced; code of the run before, which is as good, would ask nothing."""
+    corpus, said = write_corpus(tmp_path), []
+    for backend in ("auto", "auto", "eager"):
+        out = tmp_path / str(len(said))
+        train(config(corpus, out, steps=2, sample_tokens=0, backend=backend, trainer__compile=True))
+        said.append(json.loads((out / "run.json").read_text())["backends"])
+    assert said[0] == said[1]
+    assert any("on cpu" in line for line in said[0])
+    assert said[2]
+    assert all("asked for eager" in line for line in said[2])

@@ -16,7 +16,7 @@ def compiled_loss(model: LanguageModel) -> Callable[..., Tensor]:
     As one graph it takes as long to run, and longer to compile the more layers there are. Shapes are built in: two at
     most, of a micro-batch and of a shorter last one.
     """
-    _expect_many_models()
+    _begin_anew()
     begin, end = torch.compile(model.begin, dynamic=False), torch.compile(model.end, dynamic=False)
     blocks = [torch.compile(block.forward, dynamic=False) for block in model.blocks]
 
@@ -32,14 +32,17 @@ def compiled_loss(model: LanguageModel) -> Callable[..., Tensor]:
 
 def compile_in_place(model: LanguageModel) -> None:
     """Compile each block by itself. Blocks are alike, so that the first one's code serves all."""
-    _expect_many_models()
+    _begin_anew()
     for block in model.blocks:
         block.compile()
 
 
-def _expect_many_models() -> None:
-    """A sweep in one process compiles the same functions for model after model; past 8 they would run uncompiled."""
+def _begin_anew() -> None:
+    """Code of an earlier model is forgotten: what its ops run on was asked when it was traced, and holds for it alone.
+
+    Nor would dynamo keep it all: past 8 variants of a function the rest run uncompiled, with no error.
+    """
     import torch._dynamo.config as dynamo  # a second's work, which who does not compile is spared
 
-    dynamo.recompile_limit = max(256, dynamo.recompile_limit)
-    dynamo.accumulated_recompile_limit = max(4096, dynamo.accumulated_recompile_limit)
+    torch._dynamo.reset()
+    dynamo.recompile_limit = max(64, dynamo.recompile_limit)  # blocks in place: first and others, two shapes, two modes
