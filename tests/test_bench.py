@@ -128,6 +128,10 @@ def test_peers_train_beside_the_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, left_out = bench_train(["transformer"], device=CPU, seq_len=8, batch_tokens=8, budget=0, peers=True)
     assert {(row.model, row.impl) for row in rows} == {("transformer", "zoo"), ("transformer", "plain-decoder")}
     assert left_out == {"hf-llama": "transformers is not installed"}
+    monkeypatch.setattr(PlainDecoder, "loss", lambda self, tokens, targets: torch.zeros(2) @ torch.zeros(3))
+    rows, left_out = bench_train(["transformer"], device=CPU, seq_len=8, batch_tokens=8, budget=0, peers=True)
+    assert [row.impl for row in rows] == ["zoo"]
+    assert left_out["plain-decoder"].startswith("it does not train, or cannot be recorded: ")
     for size in ("small", "base", "medium"):
         with torch.device("meta"):
             plain = PlainDecoder(SIZES[size], 256, 1024)

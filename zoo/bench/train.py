@@ -109,6 +109,22 @@ class Step:
         (self.captured or self.optimizer).zero_grad()
 
 
+def two_steps(step: Step, device: torch.device) -> tuple[float, int | None]:
+    """Seconds of the first, compiling included; the most bytes in use in the second, None on a CPU.
+
+    The second is recorded, and the optimiser's state, which the first only made, stands beside its activations.
+    """
+    start = time.perf_counter()
+    step()
+    synchronize(device)
+    first = time.perf_counter() - start
+    if device.type != "cuda":
+        return first, None
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return first, torch.cuda.max_memory_allocated(device)
+
+
 def bench_train(models: Sequence[str] | None = None, *, device: torch.device, size: str = "nano", seq_len: int = 256,
                 batch_tokens: int = 2048, budget: float = 60.0, peers: bool = False,
                 progress: Callable[[float], object] = lambda done: None) -> tuple[list[Row], dict[str, str]]:
@@ -137,17 +153,15 @@ def bench_train(models: Sequence[str] | None = None, *, device: torch.device, si
                 raise
             left_out[name] = str(error)
             continue
-        start = time.perf_counter()
         step = Step(side, tokens, beside=next(iter(steps.values()), None))
-        step()
-        synchronize(device)
-        steps[name] = step
-        first_step, peak = time.perf_counter() - start, None
-        if on_gpu:  # of the second step, which is recorded: in the first, there was no optimiser's state beside it yet
-            torch.cuda.reset_peak_memory_stats(device)
-            step()
-            peak = (torch.cuda.max_memory_allocated(device) - before) / 2**20
-        built[name] = side, first_step, peak
+        try:
+            first_step, peak = two_steps(step, device)
+        except RuntimeError as error:
+            if not foreign:
+                raise
+            left_out[name] = f"it does not train, or cannot be recorded: {' '.join(str(error).split())[:100]}"
+            continue
+        steps[name], built[name] = step, (side, first_step, None if peak is None else (peak - before) / 2**20)
     if not steps:
         raise ZooError(f"no architecture can be built at size={size} and seq_len={seq_len}: {min(left_out.values())}")
     best = peak_flops(torch.cuda.get_device_name(device)) if on_gpu else None
