@@ -155,13 +155,13 @@ def bench_train(models: Sequence[str] | None = None, *, device: torch.device, si
             continue
         step = Step(side, tokens, beside=next(iter(steps.values()), None))
         try:
-            first_step, peak = two_steps(step, device)
+            first_step, most = two_steps(step, device)
         except RuntimeError as error:
             if not foreign:
                 raise
             left_out[name] = f"it does not train, or cannot be recorded: {' '.join(str(error).split())[:100]}"
             continue
-        steps[name], built[name] = step, (side, first_step, None if peak is None else (peak - before) / 2**20)
+        steps[name], built[name] = step, (side, first_step, None if most is None else (most - before) / 2**20)
     if not steps:
         raise ZooError(f"no architecture can be built at size={size} and seq_len={seq_len}: {min(left_out.values())}")
     best = peak_flops(torch.cuda.get_device_name(device)) if on_gpu else None
