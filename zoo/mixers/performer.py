@@ -24,11 +24,11 @@ class Performer(SequenceMixer):
 
     Positions are what a fixed W spoils most, and what a language model needs first: of 1024 tokens the one before could
     get 0.10 of a head's weight with independent rows of W and rotary frequencies 100^(-2i/K), where exact attention
-    with the same bound gave it 0.56. So the rotation R is by `orbit_frequencies`, in whose orbits the rows of W are, and
-    estimates are relative: 0.34, as every 2 K tokens look alike. And as in kernelised attention with relative positions
-    (2106.12566) the logits have a bias, here a linear one (ALiBi, 2108.12409, whose slopes these are): what head
-    h = 1, ..., H holds halves every 2^(8h / H) tokens, 0.79 at 64, 1.00 at 16. Neither is in the paper, and the price is
-    that nothing is held for many times 256 tokens (docs/kernels/favor.md).
+    with the same bound gave it 0.56. So the rotation R is by `orbit_frequencies`, in whose orbits the rows of W are,
+    and estimates are relative: 0.34, as every 2 K tokens look alike. And as in kernelised attention with relative
+    positions (2106.12566) the logits have a bias, here a linear one (ALiBi, 2108.12409, whose slopes these are): what
+    head h = 1, ..., H holds halves every 2^(8h / H) tokens; 0.79 for 64, 1.00 for 16. Neither is in the paper, and the
+    price is that nothing is held for many times 256 tokens (docs/kernels/favor.md).
 
     features: m, the rows of the random projection W [m, K], shared by the heads; 4 K, which are two orbits, if None.
     feature_seed: W is a pure function of (feature_seed, layer, draw) and is saved with the parameters, as a buffer.
