@@ -44,6 +44,14 @@ def plain(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return normed.view_as(gate) * F.silu(gate)
 
 
+def test_the_eager_path_is_the_equation() -> None:
+    given = inputs(20)
+    with use_backend("eager"):
+        theirs, mine = (outputs_and_gradients(function, given) for function in (plain, ours))
+    for name in theirs:
+        torch.testing.assert_close(mine[name], theirs[name])
+
+
 def check(given: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
     check_against_float64(ours, ours, plain, given, dtype, keep=KEEP)
 

@@ -210,7 +210,9 @@ SEGMENT = 1024  # tokens whose part of the parameters' gradients one program add
 def tile(kernel: str, x: Tensor, R: int) -> dict:
     """The compile-time numbers and options of a launch."""
     BT, BD, warps, stages = TILES[kernel]
-    widths = {"BR": max(16, power_of_two(R)), "BC": max(16, power_of_two(5 * R))}
+    if x.element_size() == 4 or R > 32:  # registers
+        BD, stages = BD // 2, 1
+    widths = {"BR": max(16, power_of_two(R)), "BC": max(64, power_of_two(5 * R))}  # rows of 128 bytes: docs/kernels.md
     taken = {"forward": ("BR",), "up": ("BR",), "inputs": ("BR", "BC")}.get(kernel, ("BC",))
     if "BC" in taken and kernel != "inputs" and widths["BC"] > 128:  # tiles of BT or BD times BC numbers in registers
         warps *= widths["BC"] // 128

@@ -35,7 +35,8 @@ def token_mix(x: Tensor, mix: Tensor, *, previous: Tensor | None = None,
               cu_seqlens: Tensor | None = None) -> tuple[Tensor, ...]:
     """x [B, T, D], mix [Z, D] -> Z mixtures [B, T, D]; previous and cu_seqlens as of `token_shift`.
 
-    Kernels take Z to 5 and no `previous`; they compute in float32, and read and write x's dtype, or autocast's.
+    Kernels take Z to 5 and no `previous` (others, under any backend, are eager); they compute in float32, and read and
+    write x's dtype, or autocast's.
     """
     if previous is None and len(mix) <= 5 and KERNEL.chosen(narrow := _narrow(x), x.shape[-1]):
         return token_mix_triton(narrow, mix, cu_seqlens)
@@ -47,9 +48,10 @@ def ddlerp(x: Tensor, base: Tensor, down: Tensor, mix: Tensor, up: Tensor, *, pr
            cu_seqlens: Tensor | None = None) -> tuple[Tensor, ...]:
     """x [B, T, D], base [D], down [D, Z R], mix [Z, D], up [Z, R, D] -> Z mixtures [B, T, D], the rest as `token_mix`.
 
-    Kernels take Z = 5, R to 64.
+    Kernels take Z = 5, R to 64 and no `previous`: others, under any backend, are eager.
     """
-    if previous is None and len(mix) == 5 and DDLERP.chosen(narrow := _narrow(x), x.shape[-1], up.shape[1]):
+    fits = previous is None and len(mix) == 5 and up.shape[1] <= 64
+    if fits and DDLERP.chosen(narrow := _narrow(x), x.shape[-1], up.shape[1]):
         return ddlerp_triton(narrow, base, down, mix, up, cu_seqlens)
     delta = token_shift(x, previous, cu_seqlens) - x
     low = torch.tanh(torch.addcmul(x, delta, base) @ down).view(-1, *up.shape[:2])
