@@ -270,6 +270,7 @@ def total(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z: floa
             dweight = product(logits.mT, columns)
         else:
             add_product(dweight, logits.mT, columns)
+        del columns  # before the next are made
     return *reduced(losses, targets, ignore_index, mean), dx, dweight
 
 

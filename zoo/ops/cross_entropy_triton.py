@@ -268,9 +268,9 @@ def memory(N: int, D: int, V: int, element: int, total: bool = True) -> int:
     from zoo.kernels.cross_entropy import ALIGNED, LEAST, TOKENS
 
     x, weight, piece = N * D * element, V * D * element, max(LEAST, N * D * element)
-    lists = 64 * N + (1 << 20)  # losses, lse and the like
+    lists = 32 * N + 4096  # losses, lse and the like
     if total and V <= D:
-        return N * (V + 16) * element + x + 3 * 4 * V * D + lists
+        return N * (V + 16) * element + x + 2 * 4 * V * D + lists
     if total:
         piece = max(piece, max(ALIGNED, TOKENS) * (V + 16) * element)
         columns = min(x, (piece // (V * element) + ALIGNED) * D * element)  # of x, for dweight's product
