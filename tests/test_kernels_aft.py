@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.errors import ZooError
 from zoo.ops import aft_triton
-from zoo.ops.aft import aft_full, aft_local
+from zoo.ops.aft import aft_full, aft_local, aft_local_in_row
 from zoo.ops.backend import use_backend
 
 pytest.importorskip("triton")
@@ -259,6 +259,41 @@ def test_long_rows_and_documents(name: str) -> None:
         expected = outputs_and_gradients(lambda **x: op(name, **x), given)
     for key, x in ours(name, given).items():
         assert kernel_cases.relative_error(x, expected[key]) < 1e-5, key
+
+
+@pytest.mark.parametrize("cut", [None, (0, 5, 5, 70, 131)], ids=["rows", "documents"])
+@pytest.mark.parametrize("outlier", [0, 60])
+def test_local_in_one_row_is_local(cut: tuple[int, ...] | None, outlier: float) -> None:
+    """Bit by bit, forward and backward, steep blocks too; the gradient has no gap."""
+    given = inputs("local", 131, 40, batch=1 if cut else 2, outlier=outlier)
+    q, k, v, bias = (x.float().requires_grad_() for x in given.values())
+    cu = None if cut is None else torch.tensor(cut, dtype=torch.int32, device=DEVICE)
+    qkv = torch.cat([q, k, v], dim=-1).detach().requires_grad_()
+    with use_backend("triton"), kernel_cases.nan_memory():
+        y, expected = aft_local_in_row(qkv, bias, cu), aft_local(q, k, v, bias, cu_seqlens=cu)
+        dy = torch.randn_like(y)
+        dqkv, dbias = torch.autograd.grad(y, (qkv, bias), dy)
+        *parts, dbias_expected = torch.autograd.grad(expected, (q, k, v, bias), dy)
+    assert torch.equal(y, expected)
+    assert torch.equal(dqkv, torch.cat(parts, dim=-1))
+    assert torch.equal(dbias, dbias_expected)
+    with use_backend("eager"):
+        torch.testing.assert_close(aft_local_in_row(qkv, bias, cu), aft_local(q, k, v, bias, cu_seqlens=cu))
+
+
+def test_the_operator_of_one_row() -> None:
+    given = inputs("local", 40, 16)
+    q, k, v, bias = (x.float() for x in given.values())
+    qkv = torch.cat([q, k, v], dim=-1).requires_grad_()
+    torch.library.opcheck(aft_triton._in_row.overload, (qkv, bias.requires_grad_(), None))
+    with use_backend("triton"):
+        with FlopCounterMode(display=False) as row:
+            aft_local_in_row(qkv, bias).sum().backward()
+        with FlopCounterMode(display=False) as apart:
+            aft_local(q.requires_grad_(), k, v, bias).sum().backward()
+        assert row.get_total_flops() == apart.get_total_flops()
+        with pytest.raises(ZooError, match=r"allowed: \[T, W\]"):
+            aft_local_in_row(qkv, bias[1:])
 
 
 def builds() -> None:

@@ -41,16 +41,18 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, local: bool,
 
 
 def backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dy: Tensor, y: Tensor, kept: Sequence[Tensor], local: bool,
-             cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> dq, dk, dv [B, T, C], dbias, each as its input."""
+             cu_seqlens: Tensor | None, row: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> dq, dk, dv [B, T, C], dbias, each as its input; local: the first three side by side in `row` [B, T, 3 C], if
+    given, which has no gaps."""
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v)) if row is None else row.chunk(3, dim=-1)
     if not q.numel():
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias.new_zeros(bias.shape)
+        return dq, dk, dv, bias.new_zeros(bias.shape)
     inv, table, largest, pairs, planes, flags = kept
     p = Problem(v, bias, local, cu_seqlens)
     blocks = p.blocks()
-    dq, ab, seen = factors(q, k, dy, y, inv, planes, flags, largest, p, blocks)
+    ab, seen = factors(dq, q, k, dy, y, inv, planes, flags, largest, p, blocks)
     if local:
-        dk, dv, sums = aft_local.backward(q, k, v, dy, y, inv, ab, seen, table, planes, flags, p)
+        sums = aft_local.backward(dk, dv, q, k, v, dy, y, inv, ab, seen, table, planes, flags, p)
     else:
         dk, dv, sums = aft_full.backward(q, k, v, dy, y, inv, ab, table, pairs, planes, flags, p, blocks)
     return dq, dk, dv, bias_gradient(bias, sums, largest, p)

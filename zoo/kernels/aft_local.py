@@ -79,7 +79,7 @@ def forward_kernel(q, k, v, y, inv, table, far, planes, flags, cu_seqlens, block
 
 @triton.jit
 def steep_rows(q, k, v, dy, y, inv, dk, dv, p_table, p_sum, i_b, start, length, i_t, o_c, C, ref, steep, T, q_b, q_t,
-               k_b, k_t, v_b, v_t, dy_b, dy_t, BT: tl.constexpr, COLUMNS: tl.constexpr):
+               k_b, k_t, v_b, v_t, dy_b, dy_t, d_t, BT: tl.constexpr, COLUMNS: tl.constexpr):
     """The steep channels' part of the block on the diagonal, row by row: added to dk and dv, and to p_sum [BT, BT]."""
     o_r = tl.arange(0, BT)
     key = (i_t * BT + o_r)[:, None].to(tl.int64)
@@ -87,7 +87,7 @@ def steep_rows(q, k, v, dy, y, inv, dk, dv, p_table, p_sum, i_b, start, length, 
     b_x = tl.load(k + i_b * k_b + (start + key) * k_t + o_c[None, :], mask=mask, other=float("-inf"))
     b_x = b_x.to(tl.float32) * LOG2E
     b_v = tl.load(v + i_b * v_b + (start + key) * v_t + o_c[None, :], mask=mask, other=0).to(tl.float32)
-    at_key = (i_b * T + start + key) * C + o_c[None, :]
+    at_key = (i_b * T + start + key) * d_t + o_c[None, :]
     b_dv = b_v * 0
     b_rest = b_v * 0
     c_m = ref
@@ -123,9 +123,9 @@ def seen_by(p_ab, p_plane, level, plane, d, there, Cp, BT: tl.constexpr):
 
 
 @triton.jit
-def keys_of(k, v, planes, i_n, i_c, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, BT: tl.constexpr,
+def keys_of(k, v, planes, i_n, i_c, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, d_t, BT: tl.constexpr,
             BC: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """exp2(x - l_j) of block i_t of row or document i_n, as such and with v; where they stand; the row's length."""
+    """exp2(x - l_j) of block i_t of row or document i_n, as such and with v; where gradients go; the row's length."""
     i_b, start, length, chunk = document(cu_seqlens, i_n.to(tl.int64), T, P, BT, DOCUMENTS)
     o_c = i_c * BC + tl.arange(0, BC)
     row = (i_t * BT + tl.arange(0, BT))[:, None].to(tl.int64)
@@ -134,15 +134,15 @@ def keys_of(k, v, planes, i_n, i_c, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b,
     b_v = tl.load(v + i_b * v_b + (start + row) * v_t + o_c[None, :], mask=mask, other=0).to(tl.float32)
     level = tl.load(planes + (chunk + i_t) * Cp + o_c, mask=i_t * BT < length, other=0)
     p = power(b_k, level)
-    return p, p * b_v, level, o_c, (i_b * T + start + row) * C + o_c[None, :], mask, chunk + i_t, length
+    return p, p * b_v, level, o_c, (i_b * T + start + row) * d_t + o_c[None, :], mask, chunk + i_t, length
 
 
 @triton.jit(do_not_specialize=["T", "P", "chunks", "documents", "shares"])
 def band_kernel(q, k, v, dy, y, inv, ab, seen, dk, dv, table, planes, flags, sums, cu_seqlens, documents, shares, T, P,
-                C, Cp, chunks, q_b, q_t, k_b, k_t, v_b, v_t, dy_b, dy_t, BT: tl.constexpr, BC: tl.constexpr,
+                C, Cp, chunks, q_b, q_t, k_b, k_t, v_b, v_t, dy_b, dy_t, d_t, BT: tl.constexpr, BC: tl.constexpr,
                 NB: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, FLAG: tl.constexpr,
                 DOCUMENTS: tl.constexpr):
-    """dk, dv of a block of keys; sums [shares, P, (NB + 1) BT] of dw_ts / A_ts of the rows that see it."""
+    """dk, dv of a block of keys, tokens d_t apart; sums [shares, P, (NB + 1) BT] of dw_ts / A_ts of its rows."""
     share, i_t = tl.program_id(0) % shares, tl.program_id(0) // shares
     columns: tl.constexpr = (NB + 1) * BT
     o_r = tl.arange(0, BT)
@@ -161,7 +161,7 @@ def band_kernel(q, k, v, dy, y, inv, ab, seen, dk, dv, table, planes, flags, sum
     if dirty:
         for _ in tl.range(0, count, num_stages=1):
             p, p_v, level, o_c, at, mask, chunk, length = keys_of(
-                k, v, planes, i_n, i_c, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, BT, BC, DOCUMENTS)
+                k, v, planes, i_n, i_c, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, d_t, BT, BC, DOCUMENTS)
             i_n, i_c = before(i_n, i_c, row_step, channel_step, n)
             p_plane = planes + chunk * Cp + o_c
             p_ab = ab + (chunk * BT + o_r[:, None]) * Cp + o_c[None, :]
@@ -192,7 +192,7 @@ def band_kernel(q, k, v, dy, y, inv, ab, seen, dk, dv, table, planes, flags, sum
     else:  # the same where all factors are 1
         for _ in tl.range(0, count, num_stages=STAGES):
             p, p_v, level, o_c, at, mask, chunk, length = keys_of(
-                k, v, planes, i_n, i_c, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, BT, BC, DOCUMENTS)
+                k, v, planes, i_n, i_c, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, d_t, BT, BC, DOCUMENTS)
             i_n, i_c = before(i_n, i_c, row_step, channel_step, n)
             p_ab = ab + (chunk * BT + o_r[:, None]) * Cp + o_c[None, :]
             there, after, beyond = i_t * BT < length, (i_t + 1) * BT < length, (i_t + NB + 1) * BT < length
@@ -230,7 +230,8 @@ def band_kernel(q, k, v, dy, y, inv, ab, seen, dk, dv, table, planes, flags, sum
             for i in tl.range(0, count, num_stages=1):
                 u = share + i * shares
                 p, p_v, level, o_c, at, mask, chunk, length = keys_of(
-                    k, v, planes, u // n, u % n, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, BT, BC, DOCUMENTS)
+                    k, v, planes, u // n, u % n, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, d_t, BT, BC,
+                    DOCUMENTS)
                 p_ab = ab + (chunk * BT + o_r[:, None]) * Cp + o_c[None, :]
                 b_a, b_b, f = seen_by(p_ab, planes + chunk * Cp + o_c, level, plane, d, (i_t + d) * BT < length, Cp, BT)
                 w = dot(b_a, tl.trans((p_v * f[None, :]).to(b_a.dtype)), w, PRECISION)
@@ -248,7 +249,7 @@ def band_kernel(q, k, v, dy, y, inv, ab, seen, dk, dv, table, planes, flags, sum
             steep = ref < tl.load(p_plane, mask=there, other=0)
             if tl.max(steep.to(tl.int32), 0) > 0:
                 steep_rows(q, k, v, dy, y, inv, dk, dv, table + i_t * BT * columns + NB * BT, p_sum, i_b, start, length,
-                           i_t, at_c, C, ref, steep, T, q_b, q_t, k_b, k_t, v_b, v_t, dy_b, dy_t, BT, columns)
+                           i_t, at_c, C, ref, steep, T, q_b, q_t, k_b, k_t, v_b, v_t, dy_b, dy_t, d_t, BT, columns)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor, far: Tensor, planes: Tensor, flags: Tensor,
@@ -262,10 +263,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor, far: Tensor, planes:
     return y, inv
 
 
-def backward(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, y: Tensor, inv: Tensor, ab: Tensor, seen: Tensor,
-             table: Tensor, planes: Tensor, flags: Tensor, p: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dk, dv, and shares of dw_ts / A_ts."""
-    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+def backward(dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor, dy: Tensor, y: Tensor, inv: Tensor, ab: Tensor,
+             seen: Tensor, table: Tensor, planes: Tensor, flags: Tensor, p: Problem) -> Tensor:
+    """Fills dk, dv, which have one stride between tokens and no gaps between rows -> shares of dw_ts / A_ts."""
     options = p.products("band")
     n = p.table_shape[0] // p.BT
     shares = shares_of(n, p.documents * (p.Cp // options["BC"]))
@@ -273,5 +273,5 @@ def backward(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, y: Tensor, inv: Tensor
     band_kernel[(shares * n,)](
         q, k, v, dy, y, inv, ab, seen, dk, dv, table, planes, flags, sums, p.cu_seqlens, p.documents, shares, p.length,
         p.rows, p.channels, p.Cp, p.chunks, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dy.stride()[:2],
-        NB=p.NB, **options)
-    return dk, dv, sums
+        dk.stride(1), NB=p.NB, **options)
+    return sums

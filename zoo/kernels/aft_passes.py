@@ -164,10 +164,10 @@ def scan_kernel(k, planes, flags, cu_seqlens, T, P, C, Cp, chunks, k_b, k_t, BT:
 
 @triton.jit(do_not_specialize=["T", "P", "chunks", "slots"])
 def rows_kernel(q, k, dy, y, inv, dq, ab, planes, flags, seen, far, cu_seqlens, blocks, slots, T, P, C, Cp,
-                chunks, q_b, q_t, k_b, k_t, dy_b, dy_t, BT: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
+                chunks, q_b, q_t, k_b, k_t, dy_b, dy_t, dq_t, BT: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
                 FLAG: tl.constexpr, LOCAL: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """dq; ab [2, chunks BT, Cp]: a, b, as multiples of exp2(-ref); LOCAL: seen [2, chunks, Cp], their sums over the
-    block, weighed as by a key far back. A program has BS rows, LOCAL all BT of the block."""
+    """dq, tokens dq_t apart; ab [2, chunks BT, Cp]: a, b, as multiples of exp2(-ref); LOCAL: seen [2, chunks, Cp],
+    their sums over the block, weighed as by a key far back. A program has BS rows, LOCAL all BT of the block."""
     part = tl.program_id(0) % (BT // BS) * BS
     i_n, i_t, i_c = locate(tl.program_id(0) // (BT // BS), blocks, slots, 0, T, Cp, BT, BC, False, DOCUMENTS)
     if i_n < 0:
@@ -186,7 +186,8 @@ def rows_kernel(q, k, dy, y, inv, dq, ab, planes, flags, seen, far, cu_seqlens, 
     b_inv = tl.load(inv + at, mask=mask, other=0).to(tl.float32)
     gate = reciprocal(opening(b_q), inv.dtype.element_ty == tl.float32)
     b_b = b_dy * b_y
-    tl.store(dq + at, (b_b * (1 - gate)).to(dq.dtype.element_ty), mask=mask)
+    p_dq = dq + (i_b * T + start + row) * dq_t + o_c[None, :]
+    tl.store(p_dq, (b_b * (1 - gate)).to(dq.dtype.element_ty), mask=mask)
     plane = tl.cast(chunks, tl.int64) * Cp
     if raised(flags, chunk, i_c, Cp, BC, FLAG):  # steep, perhaps
         ref = tl.load(planes + plane + chunk * Cp + o_c)
@@ -281,23 +282,23 @@ def prepare(k: Tensor, v: Tensor, p: Problem, blocks: Tensor | None) -> tuple[Te
     return pairs, planes, flags
 
 
-def factors(q: Tensor, k: Tensor, dy: Tensor, y: Tensor, inv: Tensor, planes: Tensor, flags: Tensor, largest: Tensor,
-            p: Problem, blocks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dq, ab, and for local `seen` of a block and all later ones."""
-    dq, ab = q.new_empty(q.shape), q.new_empty(p.operand_shape, dtype=p.kind)
+def factors(dq: Tensor, q: Tensor, k: Tensor, dy: Tensor, y: Tensor, inv: Tensor, planes: Tensor, flags: Tensor,
+            largest: Tensor, p: Problem, blocks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Fills dq, which has no gaps between rows -> ab, and for local `seen` of a block and all later ones."""
+    ab = q.new_empty(p.operand_shape, dtype=p.kind)
     seen = planes.new_empty(2, p.chunks, p.Cp) if p.local else planes
     options = p.options("local rows" if p.local else "rows")
     BS = p.BT if p.local else min(p.BT, p.config("rows").BS)
     rows_kernel[(p.chunks * (p.Cp // options["BC"]) * (p.BT // BS),)](
         q, k, dy, y, inv, dq, ab, planes, flags, seen, largest[1], p.cu_seqlens, blocks, p.chunks,
-        p.length, p.rows, p.channels, p.Cp, p.chunks, *q.stride()[:2], *k.stride()[:2], *dy.stride()[:2], BS=BS,
-        FLAG=p.flag, LOCAL=p.local, **options)
+        p.length, p.rows, p.channels, p.Cp, p.chunks, *q.stride()[:2], *k.stride()[:2], *dy.stride()[:2], dq.stride(1),
+        BS=BS, FLAG=p.flag, LOCAL=p.local, **options)
     if p.local:
         BC = min(32, p.Cp)
         scan_back_kernel[(p.documents * (p.Cp // BC),)](
             seen, planes, p.cu_seqlens, p.length, p.rows, p.Cp, p.chunks, BT=p.BT, BN=4 if INTERPRETED else 32, BC=BC,
             DOCUMENTS=p.cu_seqlens is not None, num_warps=4)
-    return dq, ab, seen
+    return ab, seen
 
 
 def bias_gradient(bias: Tensor, sums: Tensor, largest: Tensor, p: Problem) -> Tensor:

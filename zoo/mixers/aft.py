@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoo.contract import SequenceMixer, State
 from zoo.errors import ZooError, choose
 from zoo.layers import head_dim, small_init_
-from zoo.ops.aft import EMPTY, Cache, Sums, absorb, aft_conv, aft_full, aft_local, aft_simple, slide
+from zoo.ops.aft import EMPTY, Cache, Sums, absorb, aft_conv, aft_full, aft_local, aft_local_in_row, aft_simple, slide
 
 Device = torch.device | str | None
 BIAS_STD = 0.1  # factors of the position biases are drawn from N(0, 10^-2), section 5.1
@@ -54,6 +54,15 @@ class Variant(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor: ...
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The projection [B, T, 2 D + key_dim] -> q, k, v."""
+        q, k, v = qkv.split([self.dim, self.key_dim, self.dim], dim=-1)
+        return q, k, v
+
+    def mix(self, qkv: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """`forward` of the projection's parts."""
+        return self(*self.split(qkv), cu_seqlens)
 
     @abstractmethod
     def init_state(self, batch_size: int, max_len: int, device: Device, dtype: torch.dtype) -> State: ...
@@ -145,6 +154,9 @@ class Local(Factored):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         return aft_local(q, k, v, self.band(self.places(q, cu_seqlens)), cu_seqlens=cu_seqlens)
+
+    def mix(self, qkv: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        return aft_local_in_row(qkv, self.band(self.places(qkv, cu_seqlens)), cu_seqlens)
 
     def band(self, length: int) -> Tensor:
         """w_ts at [t, t - s] for t - s < window, t < length; linear in length. 0 before the first token."""
@@ -258,20 +270,15 @@ class AFT(SequenceMixer):
         self.qkv = nn.Linear(dim, 2 * dim + self.variant.key_dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dim = self.out.weight.shape[0]
-        q, k, v = self.qkv(x).split([dim, self.variant.key_dim, dim], dim=-1)
-        return q, k, v
-
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        return self.out(self.variant(*self._project(x), cu_seqlens))
+        return self.out(self.variant.mix(self.qkv(x), cu_seqlens))
 
     def init_state(self, batch_size: int, max_len: int, *, device: torch.device | str | None = None,
                    dtype: torch.dtype = torch.float32) -> State:
         return self.variant.init_state(batch_size, max_len, device, dtype)
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, state = self.variant.extend(*self._project(x), state=state)
+        y, state = self.variant.extend(*self.variant.split(self.qkv(x)), state=state)
         return self.out(y), state
 
     def flops(self, seq_len: int) -> int:

@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from zoo.errors import ZooError
 from zoo.ops.aft_conv_triton import CONV, conv
 from zoo.ops.aft_simple_triton import SIMPLE, simple
-from zoo.ops.aft_triton import FULL, LOCAL, biased
+from zoo.ops.aft_triton import FULL, LOCAL, biased, local_in_row
 from zoo.ops.documents import document_slices
 from zoo.ops.untraced import untraced
 
@@ -84,6 +84,17 @@ def aft_local(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sums: Sums | None =
     if bias.ndim == 2:
         return _gate(q, _from_lanes(_windowed(_lanes, 2, k, v, bias.unsqueeze(0), sums, cache), q))
     return _gate(q, _windowed(_rows, 2, k, v, bias, sums, cache).squeeze(2))
+
+
+def aft_local_in_row(qkv: Tensor, bias: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """`aft_local` of q, k, v side by side in qkv [B, T, 3 D], as a projection gives them, under bias [T, W].
+
+    The kernels write the three gradients to where they stand in that of qkv: nothing is put together afterwards.
+    """
+    if LOCAL.chosen(qkv):
+        return local_in_row(qkv, bias, cu_seqlens)
+    q, k, v = qkv.chunk(3, dim=-1)
+    return aft_local(q, k, v, bias, cu_seqlens=cu_seqlens)
 
 
 def aft_conv(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sums: Sums | None = None, cache: Cache | None = None,

@@ -11,11 +11,21 @@ from torch.utils.flop_counter import register_flop_formula
 from zoo.errors import ZooError
 from zoo.ops.backend import Kernel, use_backend
 from zoo.ops.documents import check_documents
+from zoo.ops.operator import operator
 
 
 def _rows(x: Tensor) -> Tensor:
     """x, or a copy where its last axis is not contiguous; the kernels take any other stride."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def local_in_row(qkv: Tensor, bias: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """aft_local_in_row on its kernels."""
+    if cu_seqlens is not None:
+        check_documents(qkv, cu_seqlens)
+    elif len(bias) != qkv.shape[1]:
+        raise ZooError(f"bias is {list(bias.shape)} for T={qkv.shape[1]}; allowed: [T, W]")
+    return _in_row(_rows(qkv), _rows(bias), cu_seqlens)[0]
 
 
 def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, local: bool, cu_seqlens: Tensor | None) -> Tensor:
@@ -95,6 +105,66 @@ def _biased_backward_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int,
                            *args: Any, **kwargs: Any) -> int:
     """The products for keys and values, and those for the bias."""
     return 2 * _biased_flops(q, k, v, bias, local)
+
+
+@operator("zoo::aft_local_in_row")
+def _in_row(qkv: Tensor, bias: Tensor, cu_seqlens: Tensor | None) -> Seven:
+    """AFT-local of q, k, v side by side [B, T, 3 C]; results as of zoo::aft_biased."""
+    from zoo.kernels import aft
+
+    q, k, v = qkv.chunk(3, dim=-1)
+    return aft.forward(q, k, v, bias, True, cu_seqlens)
+
+
+@_in_row.register_fake
+def _(qkv: Tensor, bias: Tensor, cu_seqlens: Tensor | None) -> Seven:
+    from zoo.kernels import aft
+
+    q, _, v = qkv.chunk(3, dim=-1)
+    return aft.results(q, v, bias, True, cu_seqlens)
+
+
+@operator("zoo::aft_local_in_row_backward")
+def _in_row_backward(qkv: Tensor, bias: Tensor, dy: Tensor, y: Tensor, kept: list[Tensor],
+                     cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """-> the gradients of qkv, in one piece, and of the bias."""
+    from zoo.kernels import aft
+
+    (q, k, v), row = qkv.chunk(3, dim=-1), qkv.new_empty(qkv.shape)
+    return row, aft.backward(q, k, v, bias, _rows(dy), y, kept, True, cu_seqlens, row)[3]
+
+
+@_in_row_backward.register_fake
+def _(qkv: Tensor, bias: Tensor, dy: Tensor, y: Tensor, kept: list[Tensor],
+      cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape)
+
+
+def _in_row_setup(ctx: Any, inputs: tuple[Any, ...], output: Seven) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _in_row_vjp(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return None, None, None
+    qkv, bias, cu_seqlens, y, *kept = ctx.saved_tensors
+    return *_in_row_backward(qkv, bias, dy, y, kept, cu_seqlens), None
+
+
+_in_row.register_autograd(_in_row_vjp, setup_context=_in_row_setup)
+
+
+@register_flop_formula(torch.ops.zoo.aft_local_in_row)
+def _in_row_flops(qkv: tuple[int, ...], bias: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    q = *qkv[:2], qkv[2] // 3
+    return _biased_flops(q, q, q, bias, True)
+
+
+@register_flop_formula(torch.ops.zoo.aft_local_in_row_backward)
+def _in_row_backward_flops(qkv: tuple[int, ...], bias: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    return 2 * _in_row_flops(qkv, bias)
 
 
 def _largest_error(ours: list[Tensor], exact: list[Tensor], dtype: torch.dtype) -> float:
