@@ -239,6 +239,20 @@ def test_a_call_that_cannot_be_captured_leaves_nothing() -> None:
 
 
 @pytest.mark.gpu
+def test_a_case_leaves_no_memory_in_use() -> None:
+    """Products of matrices, of which a library keeps workspaces, on several streams and in graphs."""
+    case = Case("linear_cross_entropy", 32, 1024, 1, 768, 8192, torch.bfloat16)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    for _ in range(2):
+        found, sound = measuring.measure_case(case, GPU, False, 0.0, {})
+        assert sound
+        assert torch.cuda.memory_reserved() <= before
+    assert {row.impl for row in found.rows} == {ZOO, EAGER}
+    assert not found.launched
+
+
+@pytest.mark.gpu
 def test_a_gpu_s_rows_come_from_another_process() -> None:
     before = torch.cuda.memory_reserved()
     found = list(bench_ops(["aft_simple"], device=GPU, lengths=[64], peers=False, budget=0))

@@ -234,6 +234,7 @@ def measure_case(case: Case, device: torch.device, with_peers: bool, budget: flo
         return found, True
     try:
         torch.cuda.synchronize(device)
+        torch._C._cuda_clearCublasWorkspaces()  # each may stand in what was a large block, and keep it from the others
         torch.cuda.empty_cache()
     except RuntimeError:  # a fault of an earlier call, after which this process can call nothing
         return found, False

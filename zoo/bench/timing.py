@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -50,7 +51,7 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], N
 
     Raises what CUDA raises where a call cannot be captured: it waits for the device, or reads a figure from it.
     """
-    aside = torch.cuda.Stream(device)
+    aside = _aside(device)
     aside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(aside), _no_waiting():  # what a first call on a stream sets up stays out of the graph
         call()
@@ -59,6 +60,12 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], N
     with torch.cuda.graph(graph, stream=aside):
         call()
     return graph.replay
+
+
+@functools.cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all captures: libraries keep a workspace for every stream that they have seen."""
+    return torch.cuda.Stream(device)
 
 
 @contextlib.contextmanager
