@@ -192,8 +192,8 @@ def test_the_operator_is_registered_as_it_should_be() -> None:
     q, k, v, state, w, decay = (x.float() for x in inputs(17, B=1, H=1).values())
     for x in (q, k, v, state):
         x.requires_grad_()
-    torch.library.opcheck(registered.favor_attention, (q, k, v, w, decay, state, BOUND, None))
-    torch.library.opcheck(registered.favor_attention, (q, k, v, w, None, None, None, torch.tensor([0, 4, 17])))
+    torch.library.opcheck(registered.favor_attention.overload, (q, k, v, w, decay, state, BOUND, None))
+    torch.library.opcheck(registered.favor_attention.overload, (q, k, v, w, None, None, None, torch.tensor([0, 4, 17])))
 
 
 def test_compiled_equals_eager() -> None:

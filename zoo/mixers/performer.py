@@ -37,6 +37,7 @@ class Performer(SequenceMixer):
 
     paper = "Performer (FAVOR+), 2009.14794"
     complexity = "O(T), O(1)"
+    projects_input = True
 
     def __init__(self, dim: int, heads: int, seq_len: int, *, features: int | None = None, feature_seed: int = 0,
                  redraw_every: int = 0):

@@ -11,12 +11,13 @@ from torch.utils.flop_counter import register_flop_formula
 from zoo.errors import ZooError
 from zoo.ops.backend import Kernel
 from zoo.ops.documents import check_documents
+from zoo.ops.operator import operator
 
 Three = tuple[Tensor, Tensor, Tensor]
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("zoo::favor_attention", mutates_args=())
+@operator("zoo::favor_attention")
 def favor_attention(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, decay: Tensor | None,
                     initial_state: Tensor | None, max_key_norm: float | None, cu_seqlens: Tensor | None) -> Three:
     """-> y [B, T, H, V], last states [N, H, m, V + 1] float32, and the normalisers' logarithms [B, H, T].
@@ -42,7 +43,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, decay: Tensor | None,
     return v.new_empty(v.shape), last, last.new_empty(B, H, T, dtype=torch.float64 if wide else torch.float32)
 
 
-@torch.library.custom_op("zoo::favor_attention_backward", mutates_args=())
+@operator("zoo::favor_attention_backward")
 def favor_attention_backward(dy: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, projection: Tensor,
                              decay: Tensor | None, initial_state: Tensor | None, y: Tensor, log: Tensor,
                              max_key_norm: float | None, cu_seqlens: Tensor | None) -> Four:
