@@ -35,7 +35,7 @@ class Performer(SequenceMixer):
     redraw_every: optimiser steps between draws; 0 keeps the first for good, and the model learns to use it.
     """
 
-    paper = "Performer (FAVOR+), 2009.14794"
+    paper = "Performer (FAVOR+), 2009.14794; positions ours"
     complexity = "O(T), O(1)"
     projects_input = True
 
