@@ -53,6 +53,9 @@ def job(composed: DictConfig) -> dict[str, Any]:
             if context.mode == RunMode.MULTIRUN and (result := finished(config)) is not None:
                 print(f"finished before: {config['out']}", flush=True)
                 return result
+            from zoo.training import ahead
+
+            ahead.begin(config)
             from zoo.training.run import train  # Lightning: seconds that a wrong option need not cost
 
             return train(config)

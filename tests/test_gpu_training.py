@@ -13,9 +13,13 @@ import torch
 from torch import Tensor, nn
 from training_runs import config, train, write_corpus
 
+import zoo
 from zoo.errors import ZooError
 from zoo.model import LanguageModel
+from zoo.ops import backend
+from zoo.training import ahead
 from zoo.training.capture import Captured
+from zoo.training.config import Config
 from zoo.training.loggers import read_rows
 
 pytestmark = pytest.mark.gpu
@@ -136,6 +140,33 @@ def test_a_recorded_step_that_is_not_finite_reaches_no_weight(tmp_path: Path, mo
     with pytest.raises(ZooError, match=r"step 6: .*blocks\.1\.channel_mixer\.down; the last checkpoint is kept"):
         train(config(corpus, tmp_path / "run", log_every=50, **GPU))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-00000004.ckpt"]
+
+
+@pytest.mark.parametrize("model", zoo.list_models())
+def test_all_that_training_asks_for_is_tested_ahead(model: str, tmp_path: Path) -> None:
+    run = Config.from_dict(config(tmp_path, tmp_path, model={"name": model}, size={"name": "small"}, seq_len=1024,
+                                  batch_tokens=2048, **GPU))
+    shapes = ahead.few_layers(run)
+    backend.forget_decisions()
+    tokens = torch.zeros(2, 1024, dtype=torch.int64, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        LanguageModel(shapes).cuda().loss(tokens, tokens, reduction="sum").backward()
+    asked = {(op, dtype, sizes) for op, _, _, dtype, sizes in backend._decisions}
+    assert asked
+    assert asked <= ahead.wanted(run, shapes)
+
+
+def test_kernels_are_tested_and_built_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config(tmp_path, tmp_path, trainer__strategy="single", size={"name": "small"}, seq_len=1024,
+                  batch_tokens=2048, **GPU)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    ahead.begin(made)
+    ahead.wait()
+    run = Config.from_dict(made)
+    results = json.loads((tmp_path / "zoo-self-tests.json").read_text())
+    assert len(results) == len(ahead.wanted(run, ahead.few_layers(run)))
+    assert all(error <= 1 for error in results.values())
+    assert list(tmp_path.glob("zoo-ahead-*"))  # the pass ran, too
 
 
 def test_a_profile_sees_the_kernels_of_a_replay(tmp_path: Path) -> None:

@@ -25,9 +25,10 @@ from zoo.data.load import load_data
 from zoo.errors import ZooError
 from zoo.evaluate import evaluate
 from zoo.model import LanguageModel, ModelConfig
-from zoo.ops.backend import decisions, forget_decisions, get_backend, use_backend
+from zoo.ops.backend import decisions, forget_decisions, get_backend, use_backend, wait_before_testing
 from zoo.pretrained import save_pretrained
 from zoo.revision import source_commit
+from zoo.training import ahead
 from zoo.training import checkpoint as files
 from zoo.training.callbacks import Checkpoints, Monitor, Profile, StopAt, sample_text
 from zoo.training.config import Config, check_resumable, recipe
@@ -52,6 +53,7 @@ def train(config: Mapping[str, Any], *, stop_at: int | None = None) -> dict[str,
         raise ZooError(f"stop_at={stop_at} is not allowed: 1 to {run.steps}, the steps of the run")
     _quieten()
     with Signals() as signals, use_backend(run.backend):
+        wait_before_testing(ahead.wait)
         forget_decisions()
         place = find_place(run.trainer)
         run.lr_schedule()
