@@ -84,6 +84,15 @@ def test_outliers(keys: float, state: bool) -> None:
     check(given)
 
 
+@interpreted
+@pytest.mark.parametrize("keys", [30.0, 1e4])
+def test_a_key_that_outweighs_all_others(keys: float) -> None:
+    """Its gradient is next to nothing, the difference of two sums over the many tokens after it."""
+    given = inputs(300, 3, batch=1)
+    given["k"][:, 10] = keys
+    check(given)
+
+
 @pytest.mark.parametrize("scale", [1e20, 1e30])
 def test_values_of_any_size(scale: float) -> None:
     """Sums that overflow where weights are taken as they are: done again with care."""

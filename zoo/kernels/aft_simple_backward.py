@@ -8,6 +8,10 @@ A program walks back from the last chunk. It finds num and den of a chunk again 
 sums a and b from its end: multiples of 2^-e, the e of that chunk, which is no more than that of the chunk after it.
 Chunks from where the forward pass was careful are treated with the running maximum in the place of e.
 
+In float32 b is what it is for values less c, the mean at a chunk's end: the gradient of a key that outweighs all others
+is a difference of sums over all later tokens, which their rounding would show; less c there is nothing to subtract.
+At a border c is that of the sums kept there, and moving on from c to c' adds (c - c') sum a.
+
 Where rows are cut, a first walk gives the sums of a and b over each segment, `chain_back` those of all later ones. What
 comes out at a row's first token is the gradient of a state given by the caller.
 """
@@ -48,6 +52,40 @@ def fall(m1, a1, b1, m2, a2, b2):
 
 
 @triton.jit
+def fall_to(m1, a1, b1, c1, m2, a2, b2, c2):
+    """The same, where b is for values less c."""
+    m, a, b = fall(m1, a1, b1 + (c1 - c2) * a1, m2, a2, b2)
+    return m, a, b, c2
+
+
+@triton.jit
+def mean_of(n, d):
+    """Of sums before a chunk, 0 where nothing is before it."""
+    return tl.where(d > 0, n * inverse(d), 0.0)
+
+
+@triton.jit
+def less(n, d, c):
+    """n - c d, rounded once."""
+    if INTERPRETED:  # which has no multiply-add
+        return (n - c.to(tl.float64) * d).to(tl.float32)
+    else:
+        return tl.fma(c * -1.0, d, n)
+
+
+@triton.jit
+def mean_less(n, d, share, c, CENTRED: tl.constexpr):
+    """n / d - c, share = 1 / d."""
+    return (less(n, d, c) if CENTRED else n) * share
+
+
+@triton.jit
+def key_gradient(p, v, a, b, c, CENTRED: tl.constexpr):
+    """p ((v - c) a - b), from p v as it went into num, so that a key that outweighs all others has next to nothing."""
+    return less(p * v, p, c) * a - p * b if CENTRED else p * (v * a - b)
+
+
+@triton.jit
 def fall_after(m1, a1, b1, after_m1, after_a1, after_b1, m2, a2, b2, after_m2, after_a2, after_b2):
     m, a, b = fall(m1, a1, b1, m2, a2, b2)
     after_m, after_a, after_b = fall(m1, a1, b1, after_m2, after_a2, after_b2)
@@ -69,6 +107,7 @@ def backward_kernel(q, k, v, dy, dq, dk, dv, states, steep, ends, sums, cu_seqle
     """Gradients of a segment, or with SUMMARY the sums of a and b of one that another precedes. `sums`: where those
     go, by segment; without SUMMARY those at the first token of every row of the batch, or None."""
     BT: tl.constexpr = R * W
+    CENTRED: tl.constexpr = k.dtype.element_ty == tl.float32
     i_s, i_c = tl.program_id(0) // tl.cdiv(C, BC), tl.program_id(0) % tl.cdiv(C, BC)
     i_b, first, length, chunk, piece, rest = place(i_s, T, L, pieces, cu_seqlens, documents, BT)
     nothing = length <= 0
@@ -99,6 +138,10 @@ def backward_kernel(q, k, v, dy, dq, dk, dv, states, steep, ends, sums, cu_seqle
     p_q, p_k, p_v, p_dy = q + here, k + here, v + here, dy + own
     p_dq, p_dk, p_dv = dq + own, dk + own, dv + own
     p_s = states + (chunk + n - 1) * C + every
+    c = c_a * 0.0
+    if CENTRED:
+        p_c = p_s + tl.where(rest > L, plane + C, plane)  # of a row's last chunk its start: nothing comes after it
+        c = mean_of(tl.load(p_c, mask=m_c, other=0), tl.load(p_c + plane, mask=m_c, other=0))
     for i in range(0, n - smooth):
         row = (n - 1 - i) * BT + o_t
         b_k = rows(p_k, o_x, x_t, row, length, m_c, float("-inf"), R)
@@ -123,7 +166,7 @@ def backward_kernel(q, k, v, dy, dq, dk, dv, states, steep, ends, sums, cu_seqle
             a = g * share
             t_m += (b_m,)
             t_a += (a,)
-            t_b += (tl.where(row + r < length, a * mean, 0.0),)
+            t_b += (tl.where(row + r < length, a * mean_less(b_n, b_d, share, c, CENTRED), 0.0),)
         w_m, w_a, w_b = t_m[R - 1], t_a[R - 1], t_b[R - 1]
         for r in tl.static_range(1, R):
             w_m, w_a, w_b = fall(w_m, w_a, w_b, t_m[R - 1 - r], t_a[R - 1 - r], t_b[R - 1 - r])
@@ -135,11 +178,15 @@ def backward_kernel(q, k, v, dy, dq, dk, dv, states, steep, ends, sums, cu_seqle
                 p = weight(b_k[R - 1 - r], last)
                 mask = (row + R - 1 - r < length) & m_c
                 tl.store(p_dv + (o_y + C * (R - 1 - r)), (p * b_a).to(dv.dtype.element_ty), mask=mask)
-                b_dk = p * (b_v[R - 1 - r].to(tl.float32) * b_a - b_b)
+                b_dk = key_gradient(p, b_v[R - 1 - r].to(tl.float32), b_a, b_b, c, CENTRED)
                 tl.store(p_dk + (o_y + C * (R - 1 - r)), b_dk.to(dk.dtype.element_ty), mask=mask)
         _, w_a, w_b = fall(w_m, w_a, w_b, s_m, 0.0, 0.0)
         w_a, w_b = tl.reduce((w_a, w_b), 0, add)
         c_e, c_a, c_b = fall(c_e, c_a, c_b, s_m, w_a[None, :], w_b[None, :])
+        if CENTRED:
+            before_c = mean_of(s_n, s_d)
+            c_b += (c - before_c) * c_a
+            c = before_c
         p_q, p_k, p_v, p_s = p_q - step, p_k - step, p_v - step, p_s - C
         p_dy, p_dq, p_dk, p_dv = p_dy - BT * C, p_dq - BT * C, p_dk - BT * C, p_dv - BT * C
     o_0 = first + (smooth - 1) * BT
@@ -180,10 +227,11 @@ def backward_kernel(q, k, v, dy, dq, dk, dv, states, steep, ends, sums, cu_seqle
                 tl.store(p_dq + (o_y + C * r), (g * mean * (1 - gate)).to(dq.dtype.element_ty),
                          mask=(row + r < length) & m_c)
             a = g * share
+            b = a * mean_less(w_n + b_n[r], w_d + b_d[r], share, c, CENTRED)
             s_a += a
-            s_b += a * mean
+            s_b += b
             t_a += (a,)
-            t_b += (a * mean,)
+            t_b += (b,)
         c_e, c_a, c_b = fall(c_e, c_a, c_b, s_e, 0.0, 0.0)
         if not SUMMARY:
             b_a, b_b = before(s_a, s_b, True)
@@ -195,11 +243,15 @@ def backward_kernel(q, k, v, dy, dq, dk, dv, states, steep, ends, sums, cu_seqle
                 p = b_p[R - 1 - r]
                 mask = (row + R - 1 - r < length) & m_c
                 tl.store(p_dv + (o_y + C * (R - 1 - r)), (p * b_a).to(dv.dtype.element_ty), mask=mask)
-                b_dk = p * (b_v[R - 1 - r].to(tl.float32) * b_a - b_b)
+                b_dk = key_gradient(p, b_v[R - 1 - r].to(tl.float32), b_a, b_b, c, CENTRED)
                 tl.store(p_dk + (o_y + C * (R - 1 - r)), b_dk.to(dk.dtype.element_ty), mask=mask)
         s_a, s_b = tl.reduce((s_a, s_b), 0, add)
         c_a += s_a[None, :]
         c_b += s_b[None, :]
+        if CENTRED:
+            before_c = mean_of(c_n, c_d)
+            c_b += (c - before_c) * c_a
+            c = before_c
         p_q, p_k, p_v, p_s = p_q - step, p_k - step, p_v - step, p_s - C
         p_dy, p_dq, p_dk, p_dv = p_dy - BT * C, p_dq - BT * C, p_dk - BT * C, p_dv - BT * C
     if sums is not None:
@@ -209,14 +261,16 @@ def backward_kernel(q, k, v, dy, dq, dk, dv, states, steep, ends, sums, cu_seqle
             tl.store(sums + slots + tl.cast(i_s, tl.int64) * C + every, c_b, mask=m_s)
         else:
             if piece == 0:
+                if CENTRED:
+                    c_b += c * c_a
                 tl.store(sums + i_b * C + every, c_a, mask=m_s)
                 tl.store(sums + (segments // pieces + i_b) * C + every, c_b, mask=m_s)
 
 
 @triton.jit(do_not_specialize=["T", "L", "pieces", "chunks", "segments"])
 def chain_back_kernel(sums, ends, states, cu_seqlens, T, C, L, pieces, chunks, segments, BP: tl.constexpr,
-                      BC: tl.constexpr, BT: tl.constexpr):
-    """e, a, b after every segment of a row but its last, from the sums of segments; e: that at the next one's start."""
+                      BC: tl.constexpr, BT: tl.constexpr, CENTRED: tl.constexpr):
+    """e, a, b after every segment of a row but its last, from the sums of segments; e, c: those at the next's start."""
     i_n, i_c = tl.program_id(0) // tl.cdiv(C, BC), tl.program_id(0) % tl.cdiv(C, BC)
     slot, n = row_slots(i_n, T, L, pieces, cu_seqlens)
     if cu_seqlens is not None:
@@ -226,25 +280,31 @@ def chain_back_kernel(sums, ends, states, cu_seqlens, T, C, L, pieces, chunks, s
     o_p = tl.arange(0, BP)[:, None]
     o_c = (i_c * BC + tl.arange(0, BC))[None, :]
     m_c = o_c < C
-    slots = tl.cast(segments, tl.int64) * C
+    slots, plane = tl.cast(segments, tl.int64) * C, tl.cast(chunks, tl.int64) * C
     c_e = tl.zeros([1, BC], tl.float32) + LAST
     c_a = tl.zeros([1, BC], tl.float32)
     c_b = tl.zeros([1, BC], tl.float32)
+    c = tl.zeros([1, BC], tl.float32)
     for i in range(0, n, BP):
         o_n = (tl.cdiv(n, BP) * BP - BP - i) + o_p  # segments, and what stands after each: that of the next
         mask = (o_n < n - 1) & m_c
-        e = tl.load(states + (chunk + (o_n + 1) * (L // BT)) * C + o_c, mask=mask, other=LAST)
+        p_s = states + (chunk + (o_n + 1) * (L // BT)) * C + o_c
+        e = tl.load(p_s, mask=mask, other=LAST)
         a = tl.load(sums + (slot + o_n + 1) * C + o_c, mask=mask, other=0)
         b = tl.load(sums + slots + (slot + o_n + 1) * C + o_c, mask=mask, other=0)
-        after_a, after_b = fallen_after(e, a, b, e)
-        _, after_a, after_b = fall(c_e, c_a, c_b, e, after_a + a, after_b + b)
+        b_c = tl.zeros_like(a)
+        if CENTRED:
+            b_c = mean_of(tl.load(p_s + plane, mask=mask, other=0), tl.load(p_s + 2 * plane, mask=mask, other=0))
+        e, a, b, b_c = tl.associative_scan((e, a, b, b_c), 0, fall_to, reverse=True)
+        e, a, b, b_c = fall_to(c_e, c_a, c_b, c, e, a, b, b_c)
         tl.store(ends + (slot + o_n) * C + o_c, e, mask=mask)
-        tl.store(ends + slots + (slot + o_n) * C + o_c, after_a, mask=mask)
-        tl.store(ends + 2 * slots + (slot + o_n) * C + o_c, after_b, mask=mask)
+        tl.store(ends + slots + (slot + o_n) * C + o_c, a, mask=mask)
+        tl.store(ends + 2 * slots + (slot + o_n) * C + o_c, b, mask=mask)
         is_first = (o_p == 0) & m_c
         c_e = tl.sum(tl.where(is_first, e, 0.0), 0)[None, :]
-        c_a = tl.sum(tl.where(is_first, after_a, 0.0), 0)[None, :]
-        c_b = tl.sum(tl.where(is_first, after_b, 0.0), 0)[None, :]
+        c_a = tl.sum(tl.where(is_first, a, 0.0), 0)[None, :]
+        c_b = tl.sum(tl.where(is_first, b, 0.0), 0)[None, :]
+        c = tl.sum(tl.where(is_first, b_c, 0.0), 0)[None, :]
 
 
 def backward(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, states: Tensor, steep: Tensor, top: Tensor | None,
@@ -269,7 +329,7 @@ def backward(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, states: Tensor, steep:
         width = 16 if INTERPRETED else 32
         chain_back_kernel[(planned.rows * triton.cdiv(channels, width),)](
             sums, ends, states, cu_seqlens, *shape, states.shape[1], planned.segments, BP=PIECES, BC=width,
-            BT=each.R * each.W, num_warps=4)
+            BT=each.R * each.W, CENTRED=k.dtype == torch.float32, num_warps=4)
     at_start = None if top is None else states.new_empty((2, batch, channels))
     backward_kernel[grid](q, k, v, dy, dq, dk, dv, states, steep, ends, at_start, cu_seqlens, *shape, planned.rows,
                           states.shape[1], planned.segments, k.stride(1), SUMMARY=False, **kept)

@@ -168,11 +168,15 @@ def whole(k):
 
 @triton.jit
 def weight(k, m):
-    """exp(k) as a multiple of 2^m: rounded once where m is whole, however large k is."""
+    """exp(k) as a multiple of 2^m: rounded once where m is whole, however large k is.
+
+    The multiply-add is asked for: where k is a masked load, the compiler would not make one of a product and a sum, and
+    the same key would have one weight here and another there.
+    """
     if INTERPRETED:  # which has no multiply-add
         return exp2((k.to(tl.float64) * LOG2E_32 - m).to(tl.float32))
     else:
-        return exp2(k.to(tl.float32) * LOG2E - m)
+        return exp2(tl.fma(k.to(tl.float32), LOG2E, m * -1.0))  # -m is a subtraction
 
 
 @triton.jit
