@@ -55,7 +55,8 @@ def check(B: int, T: int, H: int, K: int, C: int, R: int, dtype: torch.dtype = F
 
 @interpreted
 @pytest.mark.parametrize(("B", "T", "H", "K", "C", "R"), [
-    (2, 70, 2, 16, 16, 3), (1, 64, 1, 32, 16, 16), (1, 65, 1, 16, 16, 1), (2, 50, 1, 16, 10, 2), (1, 20, 2, 16, 64, 16),
+    (2, 70, 2, 16, 16, 3), (2, 200, 2, 16, 64, 5), (1, 192, 1, 32, 64, 37), (1, 64, 1, 32, 16, 16),
+    (1, 65, 1, 16, 16, 1), (2, 50, 1, 16, 10, 2), (1, 20, 2, 16, 64, 16),
     (1, 7, 1, 16, 1, 1), (3, 200, 1, 16, 17, 17)])
 def test_attention(B: int, T: int, H: int, K: int, C: int, R: int) -> None:
     forget_decisions()
@@ -183,5 +184,7 @@ def builds() -> None:
             table, past_table = torch.zeros(256, 2, K // 2), torch.zeros(48, 2, K // 2)
             ks, vs = summaries.forward(k, v, E, E, past_table)
             lse = torch.zeros(1, 2, 256)
-            attention_backward.backward(q, q, k, v, ks, vs, q, lse, 0.1, 64, 16, None, (q, k, v), table, past_table)
-            summaries.backward(ks, vs, k, v, E, E, k, v)
+            for inside in {False, attention_backward.takes_projections(64, lse, q, q, k, v, ks, vs)}:
+                attention_backward.backward(q, q, k, v, ks, vs, q, lse, 0.1, 64, 16, None, (q, k, v), table, past_table,
+                                            (E, E) if inside else None)
+                summaries.backward(ks, vs, k, v, E, E, k, v, add=not inside)

@@ -17,6 +17,8 @@ from zoo.kernels._common import cdiv, power_of_two
 
 TILE = 1024  # numbers of a tile: 8 to each of 128 threads
 PROGRAMS = 1024  # backward, each with its own sums of dw and db
+STAGES = 1  # tiles of rows under way, backward
+COLUMNS = 16  # of those sums, that a program adds up
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -42,14 +44,14 @@ def forward_kernel(p_x, p_y, p_w, p_b, p_s, p_n, p_h, p_scale, N, eps, D: tl.con
 
 @triton.jit(do_not_specialize=["N", "STEPS", "summed"])
 def backward_kernel(p_dn, p_ds, p_h, p_scale, p_w, p_dx, p_dy, p_dw, p_db, N, STEPS, summed, D: tl.constexpr,
-                    BT: tl.constexpr, BD: tl.constexpr, TWO: tl.constexpr):
+                    BT: tl.constexpr, BD: tl.constexpr, TWO: tl.constexpr, STAGES: tl.constexpr):
     """STEPS tiles of rows. ds is read if `summed`; dy, dx in another type, is written if TWO."""
     i, o_d = tl.program_id(0), tl.arange(0, BD)
     m_d = o_d < D
     b_w = tl.load(p_w + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     b_dw = tl.zeros([BT, BD], tl.float32)
     b_db = tl.zeros([BT, BD], tl.float32)
-    for j in range(STEPS):
+    for j in tl.range(0, STEPS, num_stages=STAGES):
         o_n = (i * STEPS + j) * BT + tl.arange(0, BT)
         m = (o_n < N)[:, None] & m_d[None, :]
         o = o_n.to(tl.int64)[:, None] * D + o_d[None, :]
@@ -68,6 +70,21 @@ def backward_kernel(p_dn, p_ds, p_h, p_scale, p_w, p_dx, p_dy, p_dw, p_db, N, ST
     to = i.to(tl.int64) * D + o_d
     tl.store(p_dw + to, tl.sum(b_dw, 0), mask=m_d)
     tl.store(p_db + to, tl.sum(b_db, 0), mask=m_d)
+
+
+@triton.jit(do_not_specialize=["P"])
+def sum_kernel(p_parts, p_dw, p_db, P, D, BP: tl.constexpr, BD: tl.constexpr):
+    """The two sums of parts [2, P, D]; a program has BD columns of one."""
+    i, o_p = tl.program_id(1), tl.arange(0, BP)
+    o_d = tl.program_id(0) * BD + tl.arange(0, BD)
+    p_parts += i.to(tl.int64) * P * D + o_d[None, :]
+    b_sum = tl.zeros([BP, BD], tl.float32)
+    for j in range(0, P, BP):
+        there = (j + o_p < P)[:, None] & (o_d < D)[None, :]
+        b_sum += tl.load(p_parts + (j + o_p)[:, None] * D, mask=there, other=0.0)
+    b_sum = tl.sum(b_sum, 0)
+    tl.store(p_dw + o_d, b_sum, mask=(o_d < D) & (i == 0))
+    tl.store(p_db + o_d, b_sum, mask=(o_d < D) & (i == 1))
 
 
 def tile(D: int) -> dict[str, int]:
@@ -96,10 +113,11 @@ def backward(dn: Tensor, ds: Tensor | None, h: Tensor, scale: Tensor, weight: Te
     tiles = cdiv(N, launch["BT"])
     steps = max(1, cdiv(tiles, PROGRAMS))
     programs = cdiv(tiles, steps)
-    sums = weight.new_empty(2, programs, D, dtype=torch.float32)
-    if N:
-        with torch.cuda.device_of(h):
-            backward_kernel[(programs,)](dn, dn if ds is None else ds, h, scale, weight, dx, dy, sums[0], sums[1], N,
-                                         steps, int(ds is not None), TWO=two, **launch)
-    dw, db = sums.sum(1)
+    parts = weight.new_empty(2, programs, D, dtype=torch.float32)
+    dw, db = weight.new_empty(D, dtype=torch.float32), weight.new_empty(D, dtype=torch.float32)
+    with torch.cuda.device_of(h):
+        if N:
+            backward_kernel[(programs,)](dn, dn if ds is None else ds, h, scale, weight, dx, dy, parts[0], parts[1], N,
+                                         steps, int(ds is not None), TWO=two, STAGES=STAGES, **launch)
+        sum_kernel[(cdiv(D, COLUMNS), 2)](parts, dw, db, programs, D, BP=256, BD=COLUMNS, num_warps=4)
     return dx, dy, dw, db

@@ -168,12 +168,13 @@ def forward_kernel(
 
 # (rows BT, keys BS, warps, stages) of the three kernels, by how tiles are loaded and padded head size.
 TILES = {
-    # 2 bytes by TMA, 64 and 128: the fastest of up to eight each at T = 1k (and within 10 % at 16k), on an H100,
-    # torch 2.11, triton 3.6, 2026-11-25; the others by what the compiler reports for sm_90 (registers, no spills)
+    # 2 bytes by TMA, 64 and 128: the fastest of up to eight each at T = 1k (and within 10 % at 16k), on an H100, torch
+    # 2.11, triton 3.6, 2026-11-25, 64 for blocks of 64 and 16 summaries, which Gluon does not take; the others by what
+    # the compiler reports for sm_90 (registers, no spills)
     "described": {
         16: {"forward": (64, 128, 4, 2), "dq": (64, 64, 4, 3), "dkdv": (64, 64, 4, 3)},
         32: {"forward": (64, 128, 4, 2), "dq": (64, 64, 4, 3), "dkdv": (64, 64, 4, 3)},
-        64: {"forward": (64, 64, 4, 2), "dq": (64, 64, 4, 2), "dkdv": (64, 64, 4, 3)},
+        64: {"forward": (64, 64, 4, 2), "dq": (64, 64, 4, 3), "dkdv": (64, 64, 4, 3)},
         128: {"forward": (64, 64, 4, 3), "dq": (64, 64, 4, 2), "dkdv": (64, 64, 4, 2)},
         256: {"forward": (128, 32, 8, 2), "dq": (64, 32, 8, 2), "dkdv": (32, 32, 8, 2)},
     },

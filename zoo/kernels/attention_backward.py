@@ -26,6 +26,7 @@ from zoo.kernels.attention import (
     tiling,
 )
 from zoo.kernels.rotary import turned
+from zoo.kernels.summaries import matrix, summary
 
 
 @triton.jit
@@ -162,11 +163,11 @@ def keys_gradient(b_dk, b_dv, b_k, b_v, d_q, d_dy, d_lse, d_delta, i_b, i_h, sta
 @triton.jit(do_not_specialize=[*VARYING, "S"])
 def dkdv_kernel(
     d_q, d_dy, d_lse, d_delta, p_q, p_k, p_v, p_dy, p_lse, p_delta, p_dk, p_dv, p_tiles, p_borders, p_entries,
-    p_table, T, S, NT, HEADS, SECTION, scale, exponent_scale,
+    p_table, p_e, p_f, p_dks, p_dvs, T, S, NT, HEADS, SECTION, scale, exponent_scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dy_b, dy_t, dy_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h,
     H: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SUMMARIES: tl.constexpr,
-    DOCUMENTS: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
-    DESCRIBED: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
+    PROJECTED: tl.constexpr, DOCUMENTS: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
+    BK: tl.constexpr, DESCRIBED: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """dk and dv of BS keys, which with SUMMARIES are those of block attention: p_k, p_v have S rows in all."""
     BOUNDED: tl.constexpr = DESCRIBED and not DOCUMENTS
@@ -222,18 +223,29 @@ def dkdv_kernel(
     b_dk *= scale
     if TURNED:
         b_dk = turned(b_dk, p_table, first_key + o_s, o_s < keys, -1.0, BK)
+    if PROJECTED:  # the tile is a block, and gets what its summaries got: E^T dk', F^T dv'
+        blocks = (length + C - 1) // C - 1
+        if i_s < blocks:
+            BR: tl.constexpr = triton.next_power_of_2(R) if R > 16 else 16
+            dtype: tl.constexpr = p_dks.dtype.element_ty
+            p, m = summary(p_dks, i_b * blocks + i_s, i_g, H, R, BR, BK)
+            b_dk = dot(tl.trans(matrix(p_e, i_g, dtype, R, C, BR, BS)), tl.load(p, mask=m, other=0.0), b_dk, PRECISION)
+            p, m = summary(p_dvs, i_b * blocks + i_s, i_g, H, R, BR, BK)
+            b_dv = dot(tl.trans(matrix(p_f, i_g, dtype, R, C, BR, BS)), tl.load(p, mask=m, other=0.0), b_dv, PRECISION)
     put(p_dk + i_b * dk_b + first_key * dk_t + i_g * dk_h, b_dk, a, dk_t, keys, K)
     put(p_dv + i_b * dv_b + first_key * dv_t + i_g * dv_h, b_dv, a, dv_t, keys, K)
 
 
 def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, k_past: Tensor | None, v_past: Tensor | None, y: Tensor,
              lse: Tensor, scale: float, block: int, rank: int, cu_seqlens: Tensor | None,
-             out: tuple[Tensor, ...] | None = None, table: Tensor | None = None,
-             past_table: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+             out: tuple[Tensor, ...] | None = None, table: Tensor | None = None, past_table: Tensor | None = None,
+             projections: tuple[Tensor, Tensor] | None = None,
+             ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """-> dq, dk, dv, which are `out` if given (channels side by side), and the gradients of the summaries.
 
     With a table of phases [T, 2, K // 2], K a power of two of at least 16, dq and dk are turned back by it (rotary.py);
-    those of the summaries by one [M rank, 2, K // 2].
+    those of the summaries by one [M rank, 2, K // 2]. With E, F [H, rank, block] (summaries.py), which
+    `takes_projections` must allow, dk and dv get the share of the summaries' gradients.
     """
     B, T, H, K = q.shape
     dy, q, k, v = (plain(x) for x in (dy, q, k, v))
@@ -246,7 +258,7 @@ def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, k_past: Tensor | None,
         return dq, dk, dv, dk_past, dv_past
     delta = torch.empty_like(lse)
     keys = k, v, k_past, v_past
-    by_tma = describable(dy, q, *keys) and lse.numel() < 2**31
+    by_tma = by_descriptors(lse, dy, q, *keys)
     group = H // k.shape[2]
     common = {"H": H, "C": block, "R": rank, "K": K, "DOCUMENTS": cu_seqlens is not None, "DESCRIBED": by_tma,
               "TURNED": table is not None, "PRECISION": precision(q.dtype)}
@@ -265,7 +277,8 @@ def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, k_past: Tensor | None,
         rows = (None,) * 4
         if by_tma:
             rows = described(q, BT), described(dy, BT), described_lines(lse, BT), described_lines(delta, BT)
-        for k_, v_, dk_, dv_ in ((k, v, dk, dv), (k_past, v_past, dk_past, dv_past)):
+        E, F = projections or (None, None)
+        for k_, v_, dk_, dv_ in ((k_past, v_past, dk_past, dv_past), (k, v, dk, dv)):
             summaries = k_ is k_past
             if k_ is None or not k_.numel():
                 continue
@@ -278,11 +291,22 @@ def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, k_past: Tensor | None,
             shared = 1 if summaries else group
             dkdv_kernel[(NT * B * k_.shape[2],)](
                 *rows, q, k_, v_, dy, lse, delta, dk_, dv_, tiles, cu_seqlens, first,
-                past_table if summaries else table, T, S, NT, B * k_.shape[2], max(1, section(q) // shared), scale,
-                scale * LOG2E.value, *strides(q), *strides(k_), *strides(v_), *strides(dy), *strides(dk_),
-                *strides(dv_), GROUP=shared, SUMMARIES=summaries, BT=BT, BS=BS, BK=BK, num_warps=warps,
-                num_stages=stages, **common)
+                past_table if summaries else table, E, F, dk_past, dv_past, T, S, NT, B * k_.shape[2],
+                max(1, section(q) // shared), scale, scale * LOG2E.value, *strides(q), *strides(k_), *strides(v_),
+                *strides(dy), *strides(dk_), *strides(dv_), GROUP=shared, SUMMARIES=summaries,
+                PROJECTED=E is not None and not summaries, BT=BT, BS=BS, BK=BK, num_warps=warps, num_stages=stages,
+                **common)
     return dq, dk, dv, dk_past, dv_past
+
+
+def by_descriptors(lse: Tensor, *loaded: Tensor | None) -> bool:
+    """Whether tiles come by TMA, and lines of lse."""
+    return describable(*loaded) and lse.numel() < 2**31
+
+
+def takes_projections(block: int, lse: Tensor, *loaded: Tensor) -> bool:
+    """Whether `backward` takes E and F: a tile of its keys is a block. loaded: dy, q, k, v and the summaries."""
+    return tiling("dkdv", loaded[1], by_descriptors(lse, *loaded))[1][1] == block
 
 
 def described_lines(x: Tensor, size: int) -> TensorDescriptor:

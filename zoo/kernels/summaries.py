@@ -1,10 +1,11 @@
-"""Learned projections of finished blocks (Linformer's E and F, 2006.04768 eq. 7), their gradients added in place.
+"""Learned projections of finished blocks (Linformer's E and F, 2006.04768 eq. 7) and their gradients.
 
     k'_m = turned(E k_m),  v'_m = F v_m          k_m, v_m [C, K] the tokens of block m of a head, E, F [R, C]
     dE = sum_m dk'_m k_m^T,  dF = sum_m dv'_m v_m^T,  dk_m += E^T dk'_m,  dv_m += F^T dv'_m
 
-with dk' turned back already. Forward: a program has a block of a head. Backward: one has SPAN of a head's blocks, and
-its own sums of dE and dF, which are added up after in one order.
+with dk' turned back already. Where a tile of keys of attention_backward.py is a block, that adds the last two. Forward:
+a program has a block of a head. Backward: one has SPAN of a head's blocks, and its own sums of dE and dF, which are
+added up after in one order.
 """
 
 from __future__ import annotations
@@ -67,31 +68,36 @@ def forward_kernel(p_k, p_v, p_e, p_f, p_table, p_ks, p_vs, M, k_b, k_t, k_h, v_
 
 @triton.jit
 def one_side(b_de, b_e, p_x, p_dx, p_ds, i_m, i_h, x_b, x_t, dx_b, dx_t, M, H: tl.constexpr, R: tl.constexpr,
-             C: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr):
-    """A block's share of dE (or dF), and of dk (or dv), which is added to what stands there."""
+             C: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, ADD: tl.constexpr,
+             PRECISION: tl.constexpr):
+    """A block's share of dE (or dF) and, if ADD, of dk (or dv), which is added to what stands there."""
     p, m = summary(p_ds, i_m, i_h, H, R, BR, K)
     b_ds = tl.load(p, mask=m, other=0.0)
     p, m = block(p_x, i_m, x_b, x_t, M, C, BC, K)
     b_x = tl.load(p, mask=m, other=0.0)
     b_de = dot(b_ds, tl.trans(b_x), b_de, PRECISION)
-    p, m = block(p_dx, i_m, dx_b, dx_t, M, C, BC, K)
-    b_dx = dot(tl.trans(b_e), b_ds, tl.load(p, mask=m, other=0.0).to(tl.float32), PRECISION)
-    tl.store(p, b_dx.to(p_dx.dtype.element_ty), mask=m)
+    if ADD:
+        p, m = block(p_dx, i_m, dx_b, dx_t, M, C, BC, K)
+        b_dx = dot(tl.trans(b_e), b_ds, tl.load(p, mask=m, other=0.0).to(tl.float32), PRECISION)
+        tl.store(p, b_dx.to(p_dx.dtype.element_ty), mask=m)
     return b_de
 
 
 @triton.jit(do_not_specialize=["M", "BLOCKS"])
 def backward_kernel(p_k, p_v, p_e, p_f, p_dks, p_dvs, p_dk, p_dv, p_de, p_df, M, BLOCKS, k_b, k_t, k_h, v_b, v_t, v_h,
                     dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, H: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-                    K: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, SPAN: tl.constexpr, PRECISION: tl.constexpr):
+                    K: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, SPAN: tl.constexpr, ADD: tl.constexpr,
+                    PRECISION: tl.constexpr):
     i_s, i_h = tl.program_id(0) // H, tl.program_id(0) % H
     dtype: tl.constexpr = p_k.dtype.element_ty
     b_e, b_f = matrix(p_e, i_h, dtype, R, C, BR, BC), matrix(p_f, i_h, dtype, R, C, BR, BC)
     b_de, b_df = tl.zeros([BR, BC], tl.float32), tl.zeros([BR, BC], tl.float32)
     p_k, p_v, p_dk, p_dv = p_k + i_h * k_h, p_v + i_h * v_h, p_dk + i_h * dk_h, p_dv + i_h * dv_h
     for i_m in range(i_s * SPAN, tl.minimum((i_s + 1) * SPAN, BLOCKS)):
-        b_de = one_side(b_de, b_e, p_k, p_dk, p_dks, i_m, i_h, k_b, k_t, dk_b, dk_t, M, H, R, C, K, BR, BC, PRECISION)
-        b_df = one_side(b_df, b_f, p_v, p_dv, p_dvs, i_m, i_h, v_b, v_t, dv_b, dv_t, M, H, R, C, K, BR, BC, PRECISION)
+        b_de = one_side(b_de, b_e, p_k, p_dk, p_dks, i_m, i_h, k_b, k_t, dk_b, dk_t, M, H, R, C, K, BR, BC, ADD,
+                        PRECISION)
+        b_df = one_side(b_df, b_f, p_v, p_dv, p_dvs, i_m, i_h, v_b, v_t, dv_b, dv_t, M, H, R, C, K, BR, BC, ADD,
+                        PRECISION)
     o_r, o_c = tl.arange(0, BR), tl.arange(0, BC)
     o = tl.program_id(0).to(tl.int64) * (R * C) + o_r[:, None] * C + o_c[None, :]
     mask = (o_r < R)[:, None] & (o_c < C)[None, :]
@@ -121,8 +127,11 @@ def forward(k: Tensor, v: Tensor, E: Tensor, F: Tensor, table: Tensor) -> tuple[
 
 
 def backward(dks: Tensor, dvs: Tensor, k: Tensor, v: Tensor, E: Tensor, F: Tensor, dk: Tensor,
-             dv: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the summaries, as `forward` gives them but turned back -> dE, dF in float32; dk, dv are added to."""
+             dv: Tensor, add: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of the summaries, as of `forward` but turned back -> dE, dF in float32.
+
+    If `add`, their share of dk and dv is added to what stands there.
+    """
     (B, T, H, _), (_, R, C) = k.shape, E.shape
     M = max(cdiv(T, C) - 1, 0)
     programs = cdiv(B * M, SPAN)
@@ -131,6 +140,6 @@ def backward(dks: Tensor, dvs: Tensor, k: Tensor, v: Tensor, E: Tensor, F: Tenso
         with torch.cuda.device_of(k):
             backward_kernel[(programs * H,)](
                 k, v, E, F, dks, dvs, dk, dv, sums[0], sums[1], M, B * M, *k.stride()[:3], *v.stride()[:3],
-                *dk.stride()[:3], *dv.stride()[:3], SPAN=SPAN, **options(k, R, C))
+                *dk.stride()[:3], *dv.stride()[:3], SPAN=SPAN, ADD=add, **options(k, R, C))
     dE, dF = sums.sum(1)
     return dE, dF

@@ -52,12 +52,14 @@ def summary_attention_backward(dy: Tensor, qkv: Tensor, E: Tensor, F: Tensor, ta
     dqkv = qkv.new_empty(qkv.shape)
     dq, dk, dv = dqkv[:, :, :H], dqkv[:, :, H : 2 * H], dqkv[:, :, 2 * H :]
     k, v = qkv[:, :, H : 2 * H], qkv[:, :, 2 * H :]
+    loaded = dy, turned[:, :, :H], turned[:, :, H:], v, k_past, v_past
+    inside = attention_backward.takes_projections(C, lse, *loaded)
     *_, dk_past, dv_past = attention_backward.backward(
-        dy, turned[:, :, :H], turned[:, :, H:], v, k_past, v_past, y, lse, qkv.shape[3] ** -0.5, C, R, None,
-        (dq, dk, dv), table, past_table)
+        *loaded, y, lse, qkv.shape[3] ** -0.5, C, R, None, (dq, dk, dv), table, past_table,
+        (E, F) if inside else None)
     assert dk_past is not None
     assert dv_past is not None
-    return dqkv, *summaries.backward(dk_past, dv_past, k, v, E, F, dk, dv)
+    return dqkv, *summaries.backward(dk_past, dv_past, k, v, E, F, dk, dv, add=not inside)
 
 
 @summary_attention_backward.register_fake
