@@ -25,7 +25,7 @@ from zoo.revision import source_commit
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SMALL = {"causal_attention": (2, 32, 32), "aft_full": (1, 24, 24), "aft_simple": (1, 24, 24), "aft_local": (1, 24, 24),
-         "linear_cross_entropy": (1, 24, 300)}
+         "add_norm": (1, 24, 24), "token_mix": (1, 24, 24), "ddlerp": (1, 24, 24), "linear_cross_entropy": (1, 24, 300)}
 
 
 def small(op: str, T: int = 150) -> Case:
@@ -47,6 +47,8 @@ def test_shapes_on_a_gpu(op: str) -> None:
     if op == "linear_cross_entropy":  # it flattens its tokens
         assert {(case.B * case.T, case.K, case.V) for case in found} == {
             (32768, 768, 8192), (16384, 768, 50304), (32768, 512, 256)}
+    elif op in ("rotary_attention", "summary_attention", "add_norm", "norm_gate", "token_mix", "ddlerp"):
+        assert [(case.B, case.T) for case in found] == [(32, 1024)]
     else:
         assert tuple(case.T for case in swept) == LENGTHS
         assert {case.T for case in cases(op, GPU, [512])} == {512}
@@ -74,14 +76,16 @@ def test_a_problem_is_the_ops_own_and_the_same_each_time(op: str) -> None:
     problem, again = build(small(op), CPU), build(small(op), CPU)
     side = zoo_sides(problem)[EAGER]()
     y = side.forward()
-    assert y.shape == problem.dy.shape
-    gradients = torch.autograd.grad(y, side.leaves, problem.dy)
+    outputs = (y,) if isinstance(y, Tensor) else y
+    assert [(x.shape, x.dtype) for x in outputs] == [(x.shape, x.dtype) for x in problem.dy]
+    gradients = torch.autograd.grad(outputs, side.leaves, problem.dy)
     assert all(bool(gradient.any()) for gradient in gradients)
-    assert len(side.leaves) == len(problem.inputs) - len({"projection", "targets"} & set(problem.inputs))
+    given = {"projection", "targets", "table", "past_table"}
+    assert len(side.leaves) == len(problem.inputs.keys() - given)
     for name, x in problem.inputs.items():
         assert torch.equal(x, again.inputs[name]), name
     forward, both = (problem.bytes(direction) for direction in DIRECTIONS)
-    assert 2 * forward < both <= 3 * forward + problem.dy.nbytes
+    assert 2 * forward < both <= 3 * forward + sum(x.nbytes for x in problem.dy)
     assert problem.flops(DIRECTIONS[1]) >= 3 * problem.flops(DIRECTIONS[0])
 
 
@@ -359,7 +363,7 @@ def test_what_is_measured_is_kept(run, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("--ops", "softmax"), "unknown op 'softmax'; allowed: aft_conv, aft_full"),
+    (("--ops", "softmax"), "unknown op 'softmax'; allowed: add_norm, aft_conv, aft_full"),
     (("--lengths", "12,x"), "lengths: 'x' is not allowed: whole numbers"),
     (("--lengths", "0"), "lengths=[0] are not allowed"),
     (("--workers", "-1"), "workers=-1 is not allowed: whole numbers from 0"),

@@ -203,7 +203,7 @@ def zoo_sides(problem: Problem) -> dict[str, Callable[[], Side]]:
 
     def kernels() -> Side:
         side = own(problem, "triton")
-        if not problem.dy.is_cuda:
+        if not problem.dy[0].is_cuda:
             raise ZooError("the kernels run on a GPU; Triton's interpreter on a CPU is for tests")
         with torch.no_grad(), _Called() as called:
             side.forward()
@@ -310,14 +310,15 @@ def _difference(side: Side, problem: Problem, expected: list[Tensor]) -> float:
     The first side that is asked fills `expected`, and has an error of 0.
     """
     y = side.forward()
-    gradients = torch.autograd.grad(y, side.leaves, problem.dy)
-    results = [y.detach(), *gradients]
+    outputs = [y] if isinstance(y, Tensor) else list(y)
+    gradients = torch.autograd.grad(outputs, side.leaves, problem.dy)
+    results = [*(x.detach() for x in outputs), *gradients]
     if not all(bool(result.isfinite().all()) for result in results):
         raise ZooError("its result is not finite")
     if not expected:
         expected += results
         return 0.0
-    same = [True, *(mine is own for mine, own in zip(side.leaves, problem.leaves, strict=True))]
+    same = [True for _ in outputs] + [mine is own for mine, own in zip(side.leaves, problem.leaves, strict=True)]
     return max(_relative(mine, own) for mine, own, is_same in zip(results, expected, same, strict=True) if is_same)
 
 

@@ -9,15 +9,30 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
-from zoo.ops import aft, attention, cross_entropy, favor, linear_attention, wkv6
+from zoo.ops import (
+    add_norm,
+    aft,
+    attention,
+    cross_entropy,
+    favor,
+    linear_attention,
+    norm_gate,
+    rotary,
+    summary_attention,
+    token_mix,
+    wkv6,
+)
 
 FEATURES = 256  # of FAVOR+
 WINDOW = 32  # of AFT-local and AFT-conv
 BLOCK, RANK = 64, 16  # tokens of a block, and summaries of one
+MIXTURES, MIX_RANK = 5, 32  # of ddlerp; token_mix has two, as RWKV's channel mix
+EPS = 64e-5  # of RWKV's norm of a head
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 CPU_LENGTHS = (256, 512)
 FIRST_LENGTH = 1024
 DIRECTIONS = "forward", "forward+backward"
+Output = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -50,19 +65,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Problem:
-    """A case with its inputs, those that get gradients in `leaves`, and the gradient dy of its output."""
+    """A case with its inputs, those that get gradients in `leaves`, and the gradient dy of each of its outputs."""
 
     case: Case
     inputs: Mapping[str, Tensor]
-    dy: Tensor
+    dy: tuple[Tensor, ...]
 
     @property
     def leaves(self) -> list[Tensor]:
         return [x for x in self.inputs.values() if x.requires_grad]
 
-    def zoo(self) -> Tensor:
-        """The op by its public function, on whichever backend is asked for."""
-        return _OPS[self.case.op].call(self.inputs)
+    def zoo(self) -> Output:
+        """The op by its public function, on whichever backend is asked for, under autocast where models call it so."""
+        spec, dtype = _OPS[self.case.op], self.case.dtype
+        with torch.autocast(self.dy[0].device.type, dtype, enabled=spec.autocast and dtype != torch.float32):
+            return spec.call(self.inputs)
 
     def flops(self, direction: str) -> float:
         """Of the products that the op cannot do without; exact attention goes forward again in its backward pass."""
@@ -75,18 +92,21 @@ class Problem:
         inputs = sum(x.nbytes for x in self.inputs.values())
         if self.case.op == "aft_full":
             inputs -= self.inputs["bias"].nbytes // 2  # the future's biases are nobody's
+        outputs = sum(y.nbytes for y in self.dy)
         if direction == DIRECTIONS[0]:
-            return inputs + self.dy.nbytes
-        return 2 * inputs + 2 * self.dy.nbytes + sum(x.nbytes for x in self.leaves)
+            return inputs + outputs
+        return 2 * inputs + 2 * outputs + sum(x.nbytes for x in self.leaves)
 
 
 @dataclass(frozen=True)
 class _Op:
     inputs: Callable[[Case, Callable[..., Tensor]], dict[str, Tensor]]
-    call: Callable[[Mapping[str, Tensor]], Tensor]
+    call: Callable[[Mapping[str, Tensor]], Output]
     products: Callable[[Case], float]  # multiplications with an addition of one sequence and head, forward
     backward: float = 2.0  # FLOPs of the backward pass, in forward passes
     trained: tuple[str, ...] = ()  # float32 parameters among the inputs
+    like: Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]] = lambda x: (x["v"],)  # what its outputs look like
+    autocast: bool = False
 
 
 def _heads(case: Case, randn: Callable[..., Tensor], *names: str) -> dict[str, Tensor]:
@@ -123,6 +143,43 @@ def _head_inputs(case: Case, randn: Callable[..., Tensor]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {"x": randn(case.B * case.T, case.K), "weight": randn(case.V, case.K) / case.K**0.5,
             "targets": torch.randint(case.V, (case.B * case.T,), generator=generator)}
+
+
+def _qkv(case: Case, randn: Callable[..., Tensor]) -> dict[str, Tensor]:
+    return {"qkv": randn(case.B, case.T, 3 * case.H, case.K), "table": rotary.phases(torch.arange(case.T), case.K)}
+
+
+def _summary_inputs(case: Case, randn: Callable[..., Tensor]) -> dict[str, Tensor]:
+    firsts = torch.arange(0, case.T - 1, BLOCK)[: -(-case.T // BLOCK) - 1]  # of the blocks before the last one
+    project = {name: randn(case.H, RANK, BLOCK) / BLOCK**0.5 for name in "EF"}
+    return _qkv(case, randn) | project | {"past_table": rotary.phases(firsts.repeat_interleave(RANK), case.K)}
+
+
+def _norm_inputs(case: Case, randn: Callable[..., Tensor]) -> dict[str, Tensor]:
+    stream = {name: randn(case.B, case.T, case.K) for name in "xy"}
+    return stream | {"weight": 1 + randn(case.K) / 10, "bias": randn(case.K) / 10}
+
+
+def _gate_inputs(case: Case, randn: Callable[..., Tensor]) -> dict[str, Tensor]:
+    width = case.H * case.K
+    return _heads(case, randn, "y") | {"gate": randn(case.B, case.T, width), "weight": 1 + randn(width) / 10,
+                                       "bias": randn(width) / 10}
+
+
+def _ddlerp_inputs(case: Case, randn: Callable[..., Tensor]) -> dict[str, Tensor]:
+    Z, R, C = MIXTURES, MIX_RANK, case.K
+    return {"x": randn(case.B, case.T, C), "base": randn(C), "down": randn(C, Z * R) / C**0.5, "mix": randn(Z, C),
+            "up": randn(Z, R, C) / R**0.5}
+
+
+def _add_norm(x: Mapping[str, Tensor]) -> Output:
+    """By a norm whose parameters are the case's own leaves."""
+    norm = torch.nn.LayerNorm(x["x"].shape[-1], device="meta")
+    for name in ("weight", "bias"):
+        delattr(norm, name)
+        setattr(norm, name, x[name])
+    s, n = add_norm.add_norm(x["x"], x["y"], norm, narrow=True)
+    return s, n.to(x["y"].dtype)
 
 
 def _pairs(case: Case) -> float:
@@ -172,20 +229,49 @@ _OPS = {
         lambda case: 2.0 * case.T * case.K * case.V, trained=("u",)),
     "linear_cross_entropy": _Op(
         _head_inputs, lambda x: cross_entropy.linear_cross_entropy(x["x"], x["weight"], x["targets"]),
-        lambda case: 1.0 * case.T * case.K * case.V),
+        lambda case: 1.0 * case.T * case.K * case.V, like=lambda x: ()),
+    "rotary_attention": _Op(
+        _qkv, lambda x: attention.rotary_attention(x["qkv"], x["table"], x["qkv"].shape[2] // 3),
+        lambda case: 2 * case.K * _pairs(case), backward=2.5, like=lambda x: (x["qkv"].chunk(3, 2)[0],)),
+    "summary_attention": _Op(
+        _summary_inputs,
+        lambda x: summary_attention.summary_attention(*(x[name] for name in ("qkv", "E", "F", "table", "past_table"))),
+        lambda case: 2 * case.K * (_seen(case) + RANK * case.T), backward=2.5, trained=("E", "F"),
+        like=lambda x: (x["qkv"].chunk(3, 2)[0],)),
+    "add_norm": _Op(
+        _norm_inputs, _add_norm, lambda case: 0.0, trained=("x", "weight", "bias"), like=lambda x: (x["x"], x["y"]),
+        autocast=True),
+    "norm_gate": _Op(
+        _gate_inputs, lambda x: norm_gate.norm_gate(x["y"], x["gate"], x["weight"], x["bias"], EPS).to(x["y"].dtype),
+        lambda case: 0.0, trained=("weight", "bias"), like=lambda x: (x["gate"],), autocast=True),
+    "token_mix": _Op(
+        lambda case, randn: {"x": randn(case.B, case.T, case.K), "mix": randn(2, case.K)},
+        lambda x: tuple(y.to(x["x"].dtype) for y in token_mix.token_mix(x["x"], x["mix"])),
+        lambda case: 0.0, trained=("mix",), like=lambda x: (x["x"],) * 2, autocast=True),
+    "ddlerp": _Op(
+        _ddlerp_inputs,
+        lambda x: tuple(y.to(x["x"].dtype)
+                        for y in token_mix.ddlerp(*(x[name] for name in ("x", "base", "down", "mix", "up")))),
+        lambda case: 2.0 * case.T * case.K * MIXTURES * MIX_RANK, trained=("base", "down", "mix", "up"),
+        like=lambda x: (x["x"],) * MIXTURES, autocast=True),
 }
 OPS = tuple(_OPS)
 
-# Heads and widths along all lengths, at 32,768 tokens; then single shapes that others have published figures for.
+# Heads and widths along all lengths, at 32,768 tokens; then single shapes: those that others have published figures
+# for, and those of ops that are measured at no other.
 _SWEPT = {"causal_attention": [(16, 64, 64), (8, 128, 128)], "aft_full": [(1, 512, 512)], "aft_simple": [(1, 512, 512)],
-          "aft_local": [(1, 512, 512)], "linear_cross_entropy": []}
+          "aft_local": [(1, 512, 512)], "rotary_attention": [], "summary_attention": [], "linear_cross_entropy": [],
+          "add_norm": [], "norm_gate": [], "token_mix": [], "ddlerp": []}
 _SINGLE = {
     "causal_attention": [(16384 // T, T, *kind) for kind in ((16, 64, 64), (8, 128, 128)) for T in (1024, 4096, 16384)],
     "linear_attention": [(32, 1024, 8, 256, 64)],
     "favor_attention": [(8, 4096, 16, 64, 64)],
     "aft_full": [(8, 4096, 1, 1024, 1024)],
     "linear_cross_entropy": [(32, 1024, 1, 768, 8192), (16, 1024, 1, 768, 50304), (32, 1024, 1, 512, 256)],
+    **{op: [(32, 1024, 8, 64, 64)] for op in ("rotary_attention", "summary_attention", "norm_gate")},
+    **{op: [(32, 1024, 1, 512, 512)] for op in ("add_norm", "token_mix", "ddlerp")},
 }
+_CHANNELS = "aft_full", "aft_simple", "aft_local", "add_norm", "token_mix", "ddlerp"
 TOKENS, CPU_TOKENS = 32768, 512
 
 
@@ -200,8 +286,10 @@ def cases(op: str, device: torch.device, lengths: Sequence[int] | None = None) -
     lengths = lengths or (LENGTHS if on_gpu else CPU_LENGTHS)
     swept, single = _SWEPT.get(op, [(8, 64, 64)]), _SINGLE.get(op, [])
     if not on_gpu:
-        swept = [(1, 64, 64) if op.startswith("aft_") and op != "aft_conv" else (2, 32, 32)] if swept else []
-        single = [(1, 256, 1, 32, 256), (1, 256, 1, 32, 2048)] if op == "linear_cross_entropy" else []
+        swept = [(1, 64, 64) if op in _CHANNELS else (2, 32, 32)]
+        single = []
+        if op == "linear_cross_entropy":
+            swept, single = [], [(1, 256, 1, 32, 256), (1, 256, 1, 32, 2048)]
     found = [Case(op, max(1, tokens // T), T, *kind, dtype) for kind in swept for T in lengths]
     found += [Case(op, *shape, dtype) for shape in single if op == "linear_cross_entropy" or shape[1] in lengths]
     return list(dict.fromkeys(found))
@@ -217,10 +305,10 @@ def build(case: Case, device: torch.device) -> Problem:
     spec, inputs = _OPS[case.op], {}
     for name, x in spec.inputs(case, randn).items():
         x = x.to(device)
-        if name in ("projection", "targets"):
+        if name in ("projection", "targets", "table", "past_table"):
             inputs[name] = x
         else:
             inputs[name] = x.to(torch.float32 if name in spec.trained else case.dtype).requires_grad_()
-    shape = () if case.op == "linear_cross_entropy" else inputs["v"].shape
-    dy = randn(*shape).to(case.dtype) if shape else torch.ones((), device=device)
+    like = spec.like(inputs)  # of a loss, nothing
+    dy = tuple(randn(*y.shape).to(y.dtype) for y in like) or (torch.ones((), device=device),)
     return Problem(case, inputs, dy)

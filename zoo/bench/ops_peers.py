@@ -17,16 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.bench import ops_aft
-from zoo.bench.ops_cases import BLOCK, FEATURES, RANK, Case, Problem
+from zoo.bench import ops_aft, ops_plain
+from zoo.bench.ops_cases import BLOCK, FEATURES, RANK, Case, Output, Problem
 from zoo.ops.backend import use_backend
 
 
 @dataclass(frozen=True)
 class Side:
-    """One implementation on one problem: forward() -> the op's output, with gradients for `leaves`."""
+    """One implementation on one problem: forward() -> the op's output or outputs, with gradients for `leaves`."""
 
-    forward: Callable[[], Tensor]
+    forward: Callable[[], Output]
     leaves: list[Tensor]
 
 
@@ -60,7 +60,7 @@ class Peer:
 
 def own(problem: Problem, backend: str) -> Side:
     """The op of the zoo on one of its backends."""
-    def forward() -> Tensor:
+    def forward() -> Output:
         with use_backend(backend):
             return problem.zoo()
 
@@ -140,20 +140,18 @@ def _performer(problem: Problem) -> Side:
                 [q, k, x["v"]])
 
 
-def _plain_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(x, weight).float(), targets)
-
-
-_PLAIN: dict[str, Callable[..., Tensor]] = {
-    "aft_full": ops_aft.full, "aft_simple": ops_aft.simple, "linear_cross_entropy": _plain_loss}
-_SAFE: dict[str, Callable[..., Tensor]] = {"aft_full": ops_aft.safe_full}
+_PLAIN: dict[str, Callable[..., Output]] = {
+    "aft_full": ops_aft.full, "aft_simple": ops_aft.simple, "linear_cross_entropy": ops_plain.loss,
+    "rotary_attention": ops_plain.rotary_attention, "add_norm": ops_plain.add_norm, "norm_gate": ops_plain.norm_gate,
+    "token_mix": ops_plain.token_mix, "ddlerp": ops_plain.ddlerp}
+_SAFE: dict[str, Callable[..., Output]] = {"aft_full": ops_aft.safe_full}
 
 
 def _plain(problem: Problem) -> Side:
     return Side(lambda: _PLAIN[problem.case.op](**problem.inputs), problem.leaves)
 
 
-def _compiled(formulas: dict[str, Callable[..., Tensor]]) -> Callable[[Problem], Side]:
+def _compiled(formulas: dict[str, Callable[..., Output]]) -> Callable[[Problem], Side]:
     def make(problem: Problem) -> Side:
         torch.compiler.reset()  # every shape is compiled for itself, and none is too many
         call = torch.compile(formulas[problem.case.op], dynamic=False, fullgraph=True)
