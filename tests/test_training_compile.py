@@ -18,8 +18,11 @@ from cases import Case, listed, tiny
 from test_models import tokens_of
 from training_runs import config, train, weights, write_corpus
 
+from zoo.errors import ZooError
 from zoo.training import compiling
+from zoo.training.config import Hardware
 from zoo.training.metrics import read_rows
+from zoo.training.trainer import find_place
 
 
 @pytest.fixture
@@ -90,3 +93,12 @@ def test_each_run_says_what_its_ops_ran_on(tmp_path: Path, traced: list[torch.fx
     assert any("on cpu" in line for line in said[0])
     assert said[2]
     assert all("asked for eager" in line for line in said[2])
+
+
+def test_without_triton_it_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ZooError, match=r"Triton, which is not installed; allowed: trainer\.compile=false"):
+        find_place(Hardware("gpu", compile=True))
+    assert find_place(Hardware("gpu")).device.type == "cuda"

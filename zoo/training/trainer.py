@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,9 @@ def find_place(hardware: Hardware) -> Place:
         raise ZooError("trainer.accelerator=gpu, and torch finds no CUDA GPU here; allowed: trainer=cpu")
     if gpu and hardware.precision == "bf16-mixed" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ZooError(f"{torch.cuda.get_device_name()} has no bf16; allowed: trainer.precision=32-true")
+    if gpu and hardware.compile and importlib.util.find_spec("triton") is None:
+        raise ZooError("trainer.compile=true generates code for Triton, which is not installed; allowed: "
+                       "trainer.compile=false")
     launched = TorchElasticEnvironment.detect()
     if hardware.strategy == "single":
         if (hardware.devices or 1) > 1 or (launched and TorchElasticEnvironment().world_size() > 1):
