@@ -82,7 +82,7 @@ def backward_kernel(p_y, p_g, p_w, p_b, p_dz, p_dy, p_dg, p_dw, p_db, N, H, K, l
     tl.store(p_db + to, tl.sum(b_db, 0), mask=o_k < K)
 
 
-TILE = 4096  # tokens times channels of a program's tile
+TILE = 2048  # tokens times channels of a program's tile
 SEGMENT = 256  # tokens whose part of the parameters' gradients one program adds up
 
 
@@ -108,9 +108,10 @@ def backward(dz: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor,
     B, T, H, K = y.shape
     dy, dgate = torch.empty_like(y), torch.empty_like(gate)
     segments, launch = cdiv(B * T, SEGMENT), tile(K)
-    dweight, dbias = (torch.empty(segments, H * K, dtype=torch.float32, device=y.device) for _ in range(2))
+    parts = torch.empty(2, segments, H * K, dtype=torch.float32, device=y.device)
     if y.numel():
         with torch.cuda.device_of(y):
-            backward_kernel[(segments * H,)](y, gate, weight, bias, dz, dy, dgate, dweight, dbias, B * T, H, K, SEGMENT,
+            backward_kernel[(segments * H,)](y, gate, weight, bias, dz, dy, dgate, *parts, B * T, H, K, SEGMENT,
                                              eps, **launch)
-    return dy, dgate, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype)
+    dweight, dbias = parts.sum(1)
+    return dy, dgate, dweight.to(weight.dtype, copy=True), dbias.to(bias.dtype, copy=True)

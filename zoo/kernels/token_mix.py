@@ -77,8 +77,8 @@ def forward_kernel(p_x, p_mix, p_first, y0, y1, y2, y3, y4, N, T, D, documents, 
 
 @triton.jit(do_not_specialize=["N", "T", "documents"])
 def backward_kernel(p_x, p_mix, p_first, dy0, dy1, dy2, dy3, dy4, p_dx, p_dmix, N, T, D, documents, Z: tl.constexpr,
-                    BT: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
-    """dx of BT - 1 tokens, and their part of dmix [programs, Z, D]."""
+                    ADD: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
+    """dx of BT - 1 tokens (ADD: to what is there), and their part of dmix [programs, Z, D]."""
     i_n = tl.program_id(0)
     o_i = tl.arange(0, BT)
     o_n = i_n * (BT - 1) + o_i
@@ -87,7 +87,10 @@ def backward_kernel(p_x, p_mix, p_first, dy0, dy1, dy2, dy3, dy4, p_dx, p_dmix, 
     _, b_delta, first = pair(p_x, p_first, o_n, o_d, N, T, D, documents)
     o_y = o_n.to(tl.int64)[:, None] * D + o_d[None, :]
     m_y = (o_n < N)[:, None] & (o_d < D)[None, :]
+    m_dx = own[:, None] & (o_d < D)[None, :]
     b_dx = tl.zeros([BT, BD], tl.float32)
+    if ADD:
+        b_dx += tl.load(p_dx + o_y, mask=m_dx, other=0.0).to(tl.float32)
     b_before = tl.zeros([BT, BD], tl.float32)  # for the token before
     for z in tl.static_range(Z):
         b_dy = tl.load(pick(dy0, dy1, dy2, dy3, dy4, z) + o_y, mask=m_y, other=0.0).to(tl.float32)
@@ -98,10 +101,10 @@ def backward_kernel(p_x, p_mix, p_first, dy0, dy1, dy2, dy3, dy4, p_dx, p_dmix, 
         tl.store(p_dmix + (i_n * Z + z) * D + o_d, b_dmix, mask=o_d < D)
     b_before = tl.where(first[:, None], 0.0, b_before)
     b_dx = moved(b_before, b_dx, BT, p_x.dtype.element_ty, PRECISION)
-    tl.store(p_dx + o_y, b_dx.to(p_dx.dtype.element_ty), mask=own[:, None] & (o_d < D)[None, :])
+    tl.store(p_dx + o_y, b_dx.to(p_dx.dtype.element_ty), mask=m_dx)
 
 
-TILES = {"forward": (32, 128, 4), "backward": (32, 64, 4)}
+TILES = {"forward": (16, 128, 4), "backward": (32, 32, 2)}
 """Of each kernel: tokens, most channels of a program's tile, warps. 32 tokens are too few for wgmma, which would have
 `moved` go through shared memory."""
 
@@ -133,10 +136,11 @@ def forward(x: Tensor, mix: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
     return y
 
 
-def backward(dy: list[Tensor], x: Tensor, mix: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """-> dx, dmix."""
+def backward(dy: list[Tensor], x: Tensor, mix: Tensor, cu_seqlens: Tensor | None,
+             added_to: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """-> dx, which is added to a tensor if there is one, and dmix."""
     (B, T, D), Z = x.shape, len(mix)
-    dx, launch = torch.empty_like(x), tile("backward", D)
+    dx, launch = torch.empty_like(x) if added_to is None else added_to, tile("backward", D)
     programs = cdiv(B * T, launch["BT"] - 1)
     dmix = torch.empty(programs, Z, D, dtype=torch.float32, device=x.device)
     if x.numel():
@@ -144,5 +148,5 @@ def backward(dy: list[Tensor], x: Tensor, mix: Tensor, cu_seqlens: Tensor | None
         with torch.cuda.device_of(x):
             backward_kernel[programs, cdiv(D, launch["BD"])](
                 x, mix, first, *dy, *dy[:1] * (MOST - Z), dx, dmix, B * T, T, D, documents, Z=Z,
-                PRECISION=precision(x.dtype), **launch)
+                ADD=added_to is not None, PRECISION=precision(x.dtype), **launch)
     return dx, dmix.sum(0).to(mix.dtype)

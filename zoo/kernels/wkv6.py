@@ -134,7 +134,7 @@ def _outputs(r, k, v, w, base, u, states, y, pairs, cu_seqlens, table, T, L, pie
     w += i_b * w_b + first * w_t + i_h * w_h
     if base is not None:
         base += i_h * K
-    SPLIT: tl.constexpr = base is not None or w.dtype.element_ty != OP
+    SPLIT: tl.constexpr = base is None and w.dtype.element_ty != OP
     # of sums over K: a tensor core rounds each of its steps towards 0, which 200 of them show in float32
     LONG: tl.constexpr = "ieee" if EXACT and BK > 128 else PRECISION
     states += ((slot + i_c) * H + i_h) * K * V
@@ -142,7 +142,7 @@ def _outputs(r, k, v, w, base, u, states, y, pairs, cu_seqlens, table, T, L, pie
     ask_for(states, K, o_v, V, K, BK)
     ask_for(k, k_t, o_t, left, K, BK)
     ask_for(v + tl.program_id(1) * BV, v_t, o_t, left, V - tl.program_id(1) * BV, BV)
-    own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k)
+    own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k, OP)
     before, after, all_, other = exponents(own, BT, BK, OP, EXACT, SPLIT)
     b_r = rows(r, r_t, o_t, o_k, m_tk).to(tl.float32)
     b_state = rows(states, K, o_v, o_k, m_v[:, None] & m_k[None, :])
@@ -164,7 +164,7 @@ def _outputs(r, k, v, w, base, u, states, y, pairs, cu_seqlens, table, T, L, pie
         for level in range(0, tl.minimum(left, 4)):
             x = tl.where((i >> level) % 2 == 1, rows(r, r_t, o_t, o_k, m_tk).to(tl.float32),
                          rows(k, k_t, o_t, o_k, m_tk).to(tl.float32))
-            own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k)
+            own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k, OP)
             scores += halves(x, between(own, level, BT, BK, OP, EXACT, SPLIT), level, BT, OP, LONG)
     if KEEP and tl.program_id(1) == 0:
         tl.store(pairs + ((slot + i_c) * H + i_h) * BT * BT + i * BT + j, scores.to(OP))
@@ -212,7 +212,7 @@ def _gradients(r, k, v, w, base, u, dy, states, pairs, dstates, dr, dk, dv, dw, 
     dy += i_b * dy_b + first * dy_t + i_h * dy_h
     if base is not None:
         base += i_h * K
-    SPLIT: tl.constexpr = base is not None or w.dtype.element_ty != OP
+    SPLIT: tl.constexpr = base is None and w.dtype.element_ty != OP
     # of sums over K: a tensor core rounds each of its steps towards 0, which 200 of them show in float32
     LONG: tl.constexpr = "ieee" if EXACT and BK > 128 else PRECISION
     none = tl.zeros([BT, BK], tl.float32)
@@ -247,7 +247,7 @@ def _gradients(r, k, v, w, base, u, dy, states, pairs, dstates, dr, dk, dv, dw, 
     through = tl.sum(b_state.to(tl.float32) * b_dstate.to(tl.float32), 0)
 
     # gradients of values: from the pairs, and to the chunk's end
-    own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k)
+    own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k, OP)
     before, after, all_, other = exponents(own, BT, BK, OP, EXACT, SPLIT)
     b_k = rows(k, k_t, o_t, o_k, m_tk).to(tl.float32)
     to_end = exp(after + tl.where(second, 0.0, other))
@@ -292,7 +292,7 @@ def _gradients(r, k, v, w, base, u, dy, states, pairs, dstates, dr, dk, dv, dw, 
             later_half = (i >> level) % 2 == 1
             x = tl.where(later_half, rows(r, r_t, o_t, o_k, m_tk).to(tl.float32),
                          rows(k, k_t, o_t, o_k, m_tk).to(tl.float32))
-            own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k)
+            own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k, OP)
             border = between(own, level, BT, BK, OP, EXACT, SPLIT)
             dx = halves_backward(x, border, da, da_t, level, BT, BK, OP, PRECISION)
             b_dr += tl.where(later_half, dx, 0.0)
@@ -300,7 +300,7 @@ def _gradients(r, k, v, w, base, u, dy, states, pairs, dstates, dr, dk, dv, dw, 
             beyond = (i >> level == j >> level) & tl.where(later_half, j > i, j < i)
             b_dw = sums(tl.where(beyond, -1.0, 0.0), x * dx, b_dw, OP, EXACT, False)
     b_dw = sums(tl.where(block & (j > i), -1.0, 0.0), later_sum, b_dw, OP, EXACT, True)
-    own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k)
+    own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k, OP)
     b_dw = tl.where(own <= NOTHING, 0.0, -b_dw)
     if base is not None:
         b_dw *= own
@@ -370,14 +370,14 @@ def backward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, states: Tens
     dr, dk, dw = (torch.empty(B, T, H, blocks, K, dtype=x.dtype if blocks == 1 else torch.float32, device=r.device)
                   for x in (r, k, w))
     dv = torch.empty(B, T, H, V, dtype=v.dtype, device=v.device)
-    du = torch.empty(chunks.rows, H, blocks, K, dtype=torch.float32, device=r.device)
-    dbase = du if base is None else torch.empty_like(du)
+    sums_ = torch.empty(1 if base is None else 2, chunks.rows, H, blocks, K, dtype=torch.float32, device=r.device)
     _gradients[chunks.rows * H, blocks](
-        r, k, v, w, base, u, dy, states, pairs, dstates, dr, dk, dv, dw, du, dbase, *chunks.numbers, H, K, V,
+        r, k, v, w, base, u, dy, states, pairs, dstates, dr, dk, dv, dw, sums_[0], sums_[-1], *chunks.numbers, H, K, V,
         *r.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride()[:3], *dy.stride()[:3], **launch, **how)
     if blocks > 1:
         dr, dk, dw = (x.sum(3).to(like.dtype) for x, like in zip((dr, dk, dw), (r, k, w), strict=True))
     else:
         dr, dk, dw = (x.squeeze(3) for x in (dr, dk, dw))
-    dbase = u.new_empty(0) if base is None else dbase.sum((0, 2)).to(base.dtype)
-    return dr, dk, dv, dw, du.sum((0, 2)).to(u.dtype), dinitial, dbase
+    du, *rest = sums_.sum((1, 3))
+    dbase = u.new_empty(0) if base is None else rest[0].to(base.dtype, copy=True)
+    return dr, dk, dv, dw, du.to(u.dtype, copy=base is not None), dinitial, dbase

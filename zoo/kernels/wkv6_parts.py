@@ -63,12 +63,12 @@ def ask_for(x, stride, o_t, last, columns, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def log_decays(w, base, stride, o_t, o_k, m, m_k):
-    """Log decays: w itself, or with a base [K] -e^(base + w), whose rounding to w's type would show."""
+def log_decays(w, base, stride, o_t, o_k, m, m_k, OP: tl.constexpr):
+    """Log decays: w itself; with a base [K] -e^(base + w) of the sum in float32, rounded to OP as w itself would be."""
     own = rows(w, stride, o_t, o_k, m).to(tl.float32)
     if base is not None:
         own += tl.load(base + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
-        own = tl.where(m, -exp(tl.minimum(own, MOST)), 0.0)
+        own = tl.where(m, -exp(tl.minimum(own, MOST)), 0.0).to(OP).to(tl.float32)
     return tl.where(own < NOTHING, NOTHING, own)
 
 
@@ -148,11 +148,11 @@ def _walk(a, b, w, base, initial, borders, sums_, final, states, cu_seqlens, tab
         m_tk = (o_t < last)[:, None] & m_k[None, :]
         b_a = rows(a, a_t, o_t, o_k, m_tk).to(tl.float32)
         b_b_ = rows(b, b_t, o_t, o_v, (o_t < last)[:, None] & m_v[None, :]).to(OP)
-        own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k)
+        own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k, OP)
         if KEEP:
             tl.store(states + i_c * H * K * V, b_state.to(OP), mask=m_state)
         b_a *= exp(sums(tl.where(inside, 1.0, 0.0), own, tl.zeros([BT, BK], tl.float32), OP, EXACT,
-                           base is not None or w.dtype.element_ty != OP))
+                           base is None and w.dtype.element_ty != OP))
         total = tl.sum(own, 0)
         b_state = dot(tl.trans(b_b_), b_a.to(OP), b_state * tl.exp(total)[None, :], PRECISION)
         decay += total

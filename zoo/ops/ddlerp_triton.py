@@ -19,7 +19,7 @@ Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @operator("zoo::ddlerp")
 def _forward(x: Tensor, base: Tensor, down: Tensor, mix: Tensor, up: Tensor, cu_seqlens: Tensor | None) -> Six:
-    """-> low [B, T, 5 R], which is kept for the backward pass beside the inputs, and five mixtures."""
+    """-> low [B, T, 5, W], which is kept for the backward pass beside the inputs, and five mixtures."""
     from zoo.kernels.ddlerp import forward
 
     low, (w, k, v, r, g) = forward(x, base, down, mix, up, cu_seqlens)
@@ -28,8 +28,10 @@ def _forward(x: Tensor, base: Tensor, down: Tensor, mix: Tensor, up: Tensor, cu_
 
 @_forward.register_fake
 def _(x: Tensor, base: Tensor, down: Tensor, mix: Tensor, up: Tensor, cu_seqlens: Tensor | None) -> Six:
+    from zoo.kernels.ddlerp import width
+
     w, k, v, r, g = (x.new_empty(x.shape) for _ in range(5))
-    return x.new_empty(x.shape[0], x.shape[1], down.shape[1]), w, k, v, r, g
+    return x.new_empty(x.shape[0], x.shape[1], 5, width(up.shape[1])), w, k, v, r, g
 
 
 @operator("zoo::ddlerp_backward")
@@ -37,8 +39,8 @@ def _backward(dy: list[Tensor], x: Tensor, base: Tensor, down: Tensor, mix: Tens
               cu_seqlens: Tensor | None) -> Five:
     """-> gradients of x, base, down, mix, up.
 
-    Beside these in float32: low's, 20 R bytes a token and 128 channels, and for every 1024 tokens a part of the
-    parameters' gradients (4 bytes each of the 10 R D + 5 D), for every 31 one of base's.
+    Beside these: six tensors like x, two of 5 R numbers a token; in float32 down's gradient for every 1024 tokens, and
+    base's for every 31.
     """
     from zoo.kernels.ddlerp import backward
 

@@ -61,6 +61,7 @@ def wkv6_of(r: Tensor, k: Tensor, v: Tensor, d: Tensor, base: Tensor, u: Tensor,
     """wkv6 of log_decay = -exp(base + d), RWKV-6's own: d [B, T, H, K] from the data, base [H, K].
 
     The sum and its exponential are float32 (float64 if given that), in the kernels' registers: d is read as it comes.
+    With r, k, v of bf16 the kernels round the log decay to bf16, 2^-9 of itself (as wkv6 of a bf16 log_decay has it).
     """
     if KERNEL.chosen(r, r.shape[-1], v.shape[-1]):
         return wkv6_triton(r, k, v, d, u, initial_state, cu_seqlens, base)
