@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
+import aft_cases
 import kernel_cases
 import pytest
 import torch
-from kernel_cases import check_against_float64, interpreted, outputs_and_gradients
+from aft_cases import Inputs, in_documents, ours
+from kernel_cases import interpreted, outputs_and_gradients
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,7 +22,6 @@ from zoo.ops.backend import use_backend
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = ("full", "local")
-Inputs = dict[str, Tensor]
 
 
 def op(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None,
@@ -53,20 +55,7 @@ def inputs(name: str, length: int, channels: int, batch: int = 2, window: int = 
 
 
 def check(name: str, given: Inputs, dtype: torch.dtype = torch.float32) -> None:
-    if given["q"].shape[1] == 1:  # gradients of k and of the bias are 0, and an error has nothing to be relative to
-        with use_backend("eager"):
-            expected = outputs_and_gradients(lambda **x: op(name, **x), {k: x.to(dtype) for k, x in given.items()})
-        for key, x in ours(name, given, dtype).items():
-            torch.testing.assert_close(x, expected[key], atol=8 * torch.finfo(dtype).eps, rtol=1e-2, msg=key)
-        return
-    check_against_float64(lambda **x: op(name, **x), lambda **x: op(name, **x), lambda **x: plain(name, **x), given,
-                          dtype)
-
-
-def ours(name: str, given: Inputs, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    with use_backend("triton"), kernel_cases.nan_memory():
-        return outputs_and_gradients(lambda **x: op(name, **x),
-                                     {key: x.to(dtype) if x.is_floating_point() else x for key, x in given.items()})
+    aft_cases.check(partial(op, name), partial(plain, name), given, dtype)
 
 
 @interpreted
@@ -91,8 +80,8 @@ def test_extreme_biases(name: str) -> None:
     given = inputs(name, 34, 3, batch=1)
     for value in (-1e4, 1e4):
         given["bias"][:, 3] = value
-        expected = outputs_and_gradients(lambda **x: op(name, **x), given)
-        for key, x in ours(name, given).items():
+        expected = outputs_and_gradients(partial(op, name), given)
+        for key, x in ours(partial(op, name), given).items():
             torch.testing.assert_close(x.double(), expected[key], atol=1e-4, rtol=1e-4, msg=f"{key} at {value}")
 
 
@@ -120,11 +109,8 @@ def test_documents_do_not_touch(name: str, lengths: list[int]) -> None:
     given = inputs(name, sum(lengths), 3, batch=1, outlier=40)
     if name == "full":  # a table for the longest document alone
         given["bias"] = given["bias"][: max(lengths), : max(lengths)]
-    given["cu_seqlens"] = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
-    with use_backend("eager"):
-        expected = outputs_and_gradients(lambda **x: op(name, **x), given)
-    for key, x in ours(name, given).items():
-        torch.testing.assert_close(x.double(), expected[key], atol=2e-5, rtol=2e-5, msg=key)
+    for key, x, exact in in_documents(partial(op, name), given, lengths):
+        torch.testing.assert_close(x, exact, atol=2e-5, rtol=2e-5, msg=key)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -169,7 +155,7 @@ def test_strides_and_expanded_gradients(name: str) -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_two_runs_are_equal_to_the_bit(name: str) -> None:
     given = inputs(name, 20, 4, outlier=40)
-    first, second = ours(name, given), ours(name, given)
+    first, second = ours(partial(op, name), given), ours(partial(op, name), given)
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -252,13 +238,9 @@ def test_outliers_in_large_blocks(name: str, dtype: torch.dtype, outlier: float)
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", OPS)
 def test_long_rows_and_documents(name: str) -> None:
-    lengths = [700, 0, 1, 299]
     given = inputs(name, 1000, 96, batch=1, outlier=40)
-    given["cu_seqlens"] = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
-    with use_backend("eager"):
-        expected = outputs_and_gradients(lambda **x: op(name, **x), given)
-    for key, x in ours(name, given).items():
-        assert kernel_cases.relative_error(x, expected[key]) < 1e-5, key
+    for key, x, exact in in_documents(partial(op, name), given, [700, 0, 1, 299]):
+        assert kernel_cases.relative_error(x, exact) < 1e-5, key
 
 
 @pytest.mark.parametrize("cut", [None, (0, 5, 5, 70, 131)], ids=["rows", "documents"])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from unittest import mock
 
+import aft_cases
 import kernel_cases
 import pytest
 import torch
-from kernel_cases import check_against_float64, interpreted, outputs_and_gradients
+from aft_cases import Inputs, in_documents, ours
+from kernel_cases import interpreted, outputs_and_gradients
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +20,6 @@ from zoo.ops.backend import use_backend
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-Inputs = dict[str, Tensor]
 
 
 def op(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -45,19 +46,7 @@ def inputs(length: int, width: int, batch: int = 2, heads: int = 2, window: int 
 
 
 def check(given: Inputs, dtype: torch.dtype = torch.float32) -> None:
-    if given["q"].shape[1] == 1:  # gradients of k and of the bias are 0, and an error has nothing to be relative to
-        with use_backend("eager"):
-            expected = outputs_and_gradients(op, {k: x.to(dtype) for k, x in given.items()})
-        for key, x in ours(given, dtype).items():
-            torch.testing.assert_close(x, expected[key], atol=16 * torch.finfo(dtype).eps, rtol=1e-2, msg=key)
-        return
-    check_against_float64(op, op, plain, given, dtype)
-
-
-def ours(given: Inputs, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    with use_backend("triton"), kernel_cases.nan_memory():
-        return outputs_and_gradients(op, {key: x.to(dtype) if x.is_floating_point() else x
-                                          for key, x in given.items()})
+    aft_cases.check(op, plain, given, dtype, token=16)
 
 
 @interpreted
@@ -83,7 +72,7 @@ def test_extreme_biases() -> None:
     for value in (-50.0, 50.0):
         given["bias"][:, 3] = value
         expected = outputs_and_gradients(op, given)
-        for key, x in ours(given).items():
+        for key, x in ours(op, given).items():
             torch.testing.assert_close(x.double(), expected[key], atol=1e-4, rtol=1e-4, msg=f"{key} at {value}")
 
 
@@ -102,12 +91,8 @@ def test_gradients_of_a_row_add_up_in_bf16() -> None:
 
 @pytest.mark.parametrize("lengths", [[5, 0, 17, 1], [0, 20, 0], [70, 3, 33]])
 def test_documents_do_not_touch(lengths: list[int]) -> None:
-    given = inputs(sum(lengths), 3, batch=1, outlier=40)
-    given["cu_seqlens"] = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
-    with use_backend("eager"):
-        expected = outputs_and_gradients(op, given)
-    for key, x in ours(given).items():
-        torch.testing.assert_close(x.double(), expected[key], atol=2e-5, rtol=2e-5, msg=key)
+    for key, x, exact in in_documents(op, inputs(sum(lengths), 3, batch=1, outlier=40), lengths):
+        torch.testing.assert_close(x, exact, atol=2e-5, rtol=2e-5, msg=key)
 
 
 @pytest.mark.parametrize("future", ["random", "outliers", "nan"])
@@ -146,9 +131,17 @@ def test_strides_and_expanded_gradients() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_single_tokens_before_the_batch() -> None:
+    """[1, B, H, K] seen as [B, 1, H, K]: PyTorch calls it contiguous, and its tokens are B H K apart."""
+    given = {key: x.float() for key, x in inputs(1, 20, batch=3).items()}
+    turned = {key: x if key == "bias" else torch.stack([x[:, 0]]).transpose(0, 1) for key, x in given.items()}
+    with use_backend("triton"), kernel_cases.nan_memory():
+        assert torch.equal(op(**turned), op(**given))
+
+
 def test_two_runs_are_equal_to_the_bit() -> None:
     given = inputs(70, 20, outlier=40)
-    first, second = ours(given), ours(given)
+    first, second = ours(op, given), ours(op, given)
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -228,12 +221,8 @@ def test_outliers_in_large_blocks(dtype: torch.dtype, outlier: float) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[700, 0, 1, 299], [40, 2000, 3, 600]])
 def test_long_rows_and_documents(lengths: list[int]) -> None:
-    given = inputs(sum(lengths), 96, batch=1, outlier=40, window=32)
-    given["cu_seqlens"] = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
-    with use_backend("eager"):
-        expected = outputs_and_gradients(op, given)
-    for key, x in ours(given).items():
-        assert kernel_cases.relative_error(x, expected[key]) < 1e-5, key
+    for key, x, exact in in_documents(op, inputs(sum(lengths), 96, batch=1, outlier=40, window=32), lengths):
+        assert kernel_cases.relative_error(x, exact) < 1e-5, key
 
 
 def builds() -> None:

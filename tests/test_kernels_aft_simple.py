@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from unittest import mock
 
+import aft_cases
 import kernel_cases
 import pytest
 import torch
-from kernel_cases import check_against_float64, interpreted, outputs_and_gradients
+from aft_cases import Inputs, in_documents, ours
+from kernel_cases import interpreted, outputs_and_gradients
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,8 +20,6 @@ from zoo.ops.backend import use_backend
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-Inputs = dict[str, Tensor]
-STATE = "top", "num", "den"
 
 
 def op(q: Tensor, k: Tensor, v: Tensor, top: Tensor | None = None, num: Tensor | None = None,
@@ -51,19 +51,7 @@ def inputs(length: int, channels: int, batch: int = 2, outlier: float = 0, state
 
 
 def check(given: Inputs, dtype: torch.dtype = torch.float32) -> None:
-    if given["q"].shape[1] == 1 and "top" not in given:  # gradients of k are 0, and an error relative to nothing
-        with use_backend("eager"):
-            expected = outputs_and_gradients(op, {k: x.to(dtype) for k, x in given.items()})
-        for key, x in ours(given, dtype).items():
-            torch.testing.assert_close(x, expected[key], atol=8 * torch.finfo(dtype).eps, rtol=1e-2, msg=key)
-        return
-    check_against_float64(op, op, plain, given, dtype, keep=STATE)
-
-
-def ours(given: Inputs, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    with use_backend("triton"), kernel_cases.nan_memory():
-        return outputs_and_gradients(op, {key: x.to(dtype) if x.is_floating_point() else x
-                                          for key, x in given.items()})
+    aft_cases.check(op, plain, given, dtype, keep=("top", "num", "den"))
 
 
 @interpreted
@@ -106,9 +94,9 @@ def test_the_careful_way_agrees_with_the_other() -> None:
     from zoo.kernels import aft_simple as kernels
 
     given = inputs(70, 3, state=True)
-    expected = ours(given)
+    expected = ours(op, given)
     with mock.patch.object(kernels, "steepest", return_value=0.0):
-        found = ours(given)
+        found = ours(op, given)
     assert any(not torch.equal(found[key], expected[key]) for key in found)
     for key, x in found.items():
         torch.testing.assert_close(x, expected[key], atol=1e-5, rtol=1e-5, msg=key)
@@ -116,23 +104,15 @@ def test_the_careful_way_agrees_with_the_other() -> None:
 
 @pytest.mark.parametrize("lengths", [[5, 0, 17, 1], [0, 20, 0], [70, 3, 33]])
 def test_documents_do_not_touch(lengths: list[int]) -> None:
-    given = inputs(sum(lengths), 3, batch=1, outlier=40)
-    given["cu_seqlens"] = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
-    with use_backend("eager"):
-        expected = outputs_and_gradients(op, given)
-    for key, x in ours(given).items():
-        torch.testing.assert_close(x.double(), expected[key], atol=2e-5, rtol=2e-5, msg=key)
+    for key, x, exact in in_documents(op, inputs(sum(lengths), 3, batch=1, outlier=40), lengths):
+        torch.testing.assert_close(x, exact, atol=2e-5, rtol=2e-5, msg=key)
 
 
 def test_many_documents() -> None:
     """More than a program looks at together."""
     lengths = [1, 0, 2] * (6 if DEVICE == "cpu" else 50)
-    given = inputs(sum(lengths), 2, batch=1)
-    given["cu_seqlens"] = torch.tensor([0, *lengths], device=DEVICE, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    with use_backend("eager"):
-        expected = outputs_and_gradients(op, given)
-    for key, x in ours(given).items():
-        torch.testing.assert_close(x.double(), expected[key], atol=2e-5, rtol=2e-5, msg=key)
+    for key, x, exact in in_documents(op, inputs(sum(lengths), 2, batch=1), lengths, torch.int32):
+        torch.testing.assert_close(x, exact, atol=2e-5, rtol=2e-5, msg=key)
 
 
 @pytest.mark.parametrize("future", ["random", "outliers", "nan"])
@@ -171,9 +151,17 @@ def test_strides_and_expanded_gradients() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_single_tokens_before_the_batch() -> None:
+    """[1, B, C] seen as [B, 1, C]: PyTorch calls it contiguous, and its tokens are B C apart."""
+    given = {key: x.float() for key, x in inputs(1, 20, batch=3).items()}
+    with use_backend("triton"), kernel_cases.nan_memory():
+        turned = {key: torch.stack([x[:, 0]]).transpose(0, 1) for key, x in given.items()}
+        assert torch.equal(op(**turned), op(**given))
+
+
 def test_two_runs_are_equal_to_the_bit() -> None:
     given = inputs(70, 4, outlier=70, state=True)
-    first, second = ours(given), ours(given)
+    first, second = ours(op, given), ours(op, given)
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -261,12 +249,8 @@ def test_outliers_in_large_blocks(dtype: torch.dtype, outlier: float, length: in
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[700, 0, 1, 299], [40, 2000, 3, 600]])
 def test_long_rows_and_documents(lengths: list[int]) -> None:
-    given = inputs(sum(lengths), 96, batch=1, outlier=60)
-    given["cu_seqlens"] = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
-    with use_backend("eager"):
-        expected = outputs_and_gradients(op, given)
-    for key, x in ours(given).items():
-        assert kernel_cases.relative_error(x, expected[key]) < 1e-5, key
+    for key, x, exact in in_documents(op, inputs(sum(lengths), 96, batch=1, outlier=60), lengths):
+        assert kernel_cases.relative_error(x, exact) < 1e-5, key
 
 
 def builds() -> None:

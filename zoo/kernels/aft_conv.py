@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._common import INTERPRETED, LOG2E, dot, power_of_two
-from zoo.kernels.aft_sums import EMPTY, Plan, cut_rows, exp2, place, row_slots
+from zoo.kernels.aft_sums import EMPTY, Plan, cut_rows, exp2, in_rows, place, row_slots
 
 LN2 = tl.constexpr(0.6931471805599453)
 PIECES = 16  # segments that are joined at once
@@ -261,12 +261,6 @@ def make_table(bias: Tensor, size: int, keys_down: bool) -> Tensor:
     table_kernel[(2 * len(bias),)](bias, table, bias.shape[1], bias.stride(0), BT=size, KEYS_DOWN=keys_down,
                                    num_warps=4)
     return table
-
-
-def in_rows(x: Tensor) -> Tensor:
-    """x, or a copy where its last axis is not contiguous, or a row of the batch is not after the one before."""
-    rows = len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1)
-    return x if rows and (x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()
 
 
 def starts_of(k: Tensor, v: Tensor, planned: Plan, each: Sizes, cu_seqlens: Tensor | None) -> Tensor | None:

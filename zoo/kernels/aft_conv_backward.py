@@ -24,8 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._common import LOG2E, dot
-from zoo.kernels.aft_conv import LN2, chain, in_rows, keys, make_table, plan, sizes, tile, walk
-from zoo.kernels.aft_sums import exp2, place
+from zoo.kernels.aft_conv import LN2, chain, keys, make_table, plan, sizes, tile, walk
+from zoo.kernels.aft_sums import exp2, in_rows, place
 
 LAST = tl.constexpr(1e30)  # lse of a row that is not there
 

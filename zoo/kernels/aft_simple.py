@@ -37,6 +37,7 @@ from zoo.kernels.aft_sums import (
     careful,
     cut_rows,
     exp2,
+    in_rows,
     inverse,
     join,
     join_token,
@@ -271,11 +272,10 @@ def cut(planned: Plan, k: Tensor, cu_seqlens: Tensor | None) -> bool:
 def alike(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same, or copies, so that a token is at the same place in all three, a row of the batch after the one before:
     that saves registers, and builds. Splits of one projection are already so."""
-    batch, length, channels = k.shape
-    if all((channels == 1 or x.stride(2) == 1) and (length == 1 or x.stride(1) == k.stride(1) < 2**24)
-           and (batch == 1 or x.stride(0) == length * k.stride(1)) for x in (q, k, v)):
-        return q, k, v
-    return q.contiguous(), k.contiguous(), v.contiguous()
+    q, k, v = in_rows(q), in_rows(k), in_rows(v)
+    if not q.stride(1) == k.stride(1) == v.stride(1) < 2**24:
+        q, k, v = (x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
+    return q, k, v
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, top: Tensor | None, num: Tensor | None, den: Tensor | None,

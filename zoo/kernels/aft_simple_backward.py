@@ -61,7 +61,7 @@ def fall_to(m1, a1, b1, c1, m2, a2, b2, c2):
 @triton.jit
 def mean_of(n, d):
     """Of sums before a chunk, 0 where nothing is before it."""
-    return tl.where(d > 0, n * inverse(d), 0.0)
+    return n * inverse(tl.where(d > 0, d, 1.0))
 
 
 @triton.jit

@@ -45,6 +45,13 @@ def cut_rows(batch: int, length: int, across: int, size: int, programs: int, dev
     return Plan(chunks * size, pieces, batch * pieces, batch)
 
 
+def in_rows(x: Tensor) -> Tensor:
+    """x, or a copy where the values of a token do not lie side by side, or a row of the batch after the one before."""
+    if (x.stride(-1) == 1 or x.shape[-1] == 1) and (len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # .contiguous() would leave a row of one token where it is
+
+
 @triton.jit
 def place(i_s, T, L, pieces, cu_seqlens, documents, BT: tl.constexpr):
     """Of segment i_s: its row in memory, its first token there, its length, the slot of its first chunk, which
