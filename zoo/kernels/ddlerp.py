@@ -9,8 +9,10 @@ with down is ever in memory. Backward, with dm_z = dy_z (x' - x),
     dlerp = dpre down^T,    ddown = (x + (x' - x) base)^T dpre,   dbase = sum dlerp (x' - x),   dpre = dlow (1 - low^2)
     dx_t = sum_z dy_zt (1 - m_zt) + dy_z,t+1 m_z,t+1 + dlerp_t (1 - base) + dlerp_t+1 base
 
-`inputs_kernel` has the sums over z, and writes dm for the products of the first line; a 1 beside each low_z makes dmix a
-row of dup. `down_kernel` has ddown, and writes dpre for dlerp's product; token_mix's kernel adds dlerp's part to dx.
+`inputs_kernel` has the sums over z, and writes dm; `up_kernel` has the first line, of segments of tokens, from one read
+of dm: a 1 beside each low_z makes dmix a row of dup. `down_kernel` has ddown, and writes dpre for dlerp's product;
+token_mix's kernel adds dlerp's part to dx. To have dm in registers alone took twice as long: each of its numbers was
+made by more instructions than the bytes are worth, as what multiplies it is wanted in three layouts.
 """
 
 from __future__ import annotations
@@ -122,10 +124,34 @@ def inputs_kernel(p_x, p_mix, p_low, p_up, p_first, dy0, dy1, dy2, dy3, dy4, p_d
     tl.store(p_dx + o_y, b_dx.to(OP), mask=m_own)
 
 
+@triton.jit(do_not_specialize=["N", "length"])
+def up_kernel(p_dm, p_low, p_up, p_dlow, p_dup, N, D, R, W, length, BT: tl.constexpr, BD: tl.constexpr,
+              BR: tl.constexpr, BW: tl.constexpr, PRECISION: tl.constexpr):
+    """Of a segment, one z and one block of channels: the block's part of dlow [blocks, 5, N, R], the segment's of dup
+    with dmix in row R [segments, 5, W, D]."""
+    i_z, i_d, i_s = tl.program_id(0) % Z, tl.program_id(0) // Z, tl.program_id(1)
+    o_d, o_r, o_w = i_d * BD + tl.arange(0, BD), tl.arange(0, BR), tl.arange(0, BW)
+    p_dm += i_z * N.to(tl.int64) * D
+    p_dlow += (i_d * Z + i_z) * N.to(tl.int64) * R
+    b_up = matrix(p_up + i_z * R * D, o_r, o_d, R, D)
+    b_dup = tl.zeros([BW, BD], tl.float32)
+    for i in range(i_s * length, tl.minimum((i_s + 1) * length, N), BT):
+        o_n = i + tl.arange(0, BT)
+        b_dm = matrix(p_dm, o_n, o_d, N, D)
+        b_low = tl.load(p_low + o_n.to(tl.int64)[None, :] * (W * Z) + i_z * W + o_w[:, None],
+                        mask=(o_n < N)[None, :] & (o_w < W)[:, None], other=0.0)
+        b_dup = dot(b_low, b_dm, b_dup, PRECISION)
+        b_dlow = dot(b_up, tl.trans(b_dm), tl.zeros([BR, BT], tl.float32), PRECISION)
+        tl.store(p_dlow + o_n.to(tl.int64)[None, :] * R + o_r[:, None], b_dlow.to(p_dlow.dtype.element_ty),
+                 mask=(o_n < N)[None, :] & (o_r < R)[:, None])
+    to = p_dup + ((i_s * Z + i_z) * W + o_w[:, None]).to(tl.int64) * D + o_d[None, :]
+    tl.store(to, b_dup, mask=(o_w < W)[:, None] & (o_d < D)[None, :])
+
+
 @triton.jit(do_not_specialize=["N", "T", "documents", "length"])
-def down_kernel(p_x, p_base, p_low, p_first, p_dlow, p_dpre, p_ddown, N, T, D, R, W, documents, length,
+def down_kernel(p_x, p_base, p_low, p_first, p_dlow, p_dpre, p_ddown, N, T, D, R, W, documents, blocks, length,
                 BT: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr):
-    """Of a segment dpre [N, 5 R], from dlow [5, N, R], and its part of ddown, turned round: [segments, 5 R, D]."""
+    """Of a segment dpre [N, 5 R], from dlow's parts [blocks, 5, N, R], and its part of ddown [segments, 5 R, D]."""
     i_s = tl.program_id(1)
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
     o_c = tl.arange(0, BC)
@@ -138,8 +164,11 @@ def down_kernel(p_x, p_base, p_low, p_first, p_dlow, p_dpre, p_ddown, N, T, D, R
         m = (o_n < N)[:, None] & (o_c < R * Z)[None, :]
         n = o_n.to(tl.int64)[:, None]
         b_low = tl.load(p_low + n * (W * Z) + (o_z * W + o_r)[None, :], mask=m, other=0.0).to(tl.float32)
-        b_dlow = tl.load(p_dlow + o_z[None, :] * N.to(tl.int64) * R + n * R + o_r[None, :], mask=m, other=0.0)
-        b_dpre = (b_dlow.to(tl.float32) * (1.0 - b_low * b_low)).to(OP)
+        p_part = p_dlow + o_z[None, :] * N.to(tl.int64) * R + n * R + o_r[None, :]
+        b_dlow = tl.load(p_part, mask=m, other=0.0).to(tl.float32)
+        for i_b in range(1, blocks):
+            b_dlow += tl.load(p_part + i_b * N.to(tl.int64) * (R * Z), mask=m, other=0.0).to(tl.float32)
+        b_dpre = (b_dlow * (1.0 - b_low * b_low)).to(OP)
         if tl.program_id(0) == 0:
             tl.store(p_dpre + n * (R * Z) + o_c[None, :], b_dpre, mask=m)
         b_x, b_delta, _ = pair(p_x, p_first, o_n, o_d, N, T, D, documents)
@@ -148,9 +177,11 @@ def down_kernel(p_x, p_base, p_low, p_first, p_dlow, p_dpre, p_ddown, N, T, D, R
     tl.store(to, b_ddown, mask=(o_c < R * Z)[:, None] & (o_d < D)[None, :])
 
 
-TILES = {"low": (128, 64, 8, 2), "forward": (64, 64, 8, 1), "inputs": (32, 64, 4, 1), "down": (64, 128, 8, 1)}
+TILES = {"low": (128, 64, 8, 2), "forward": (64, 64, 8, 1), "inputs": (32, 64, 4, 1), "up": (32, 256, 4, 3),
+         "down": (64, 128, 8, 1)}
 """Of each kernel: tokens, most channels of a program's tile, warps, stages."""
-SEGMENT = 1024  # tokens whose part of ddown one program adds up
+PROGRAMS = {"up": 2, "down": 1}  # that a multiprocessor has room for
+LEAST = 256  # tokens whose part of dup or ddown one program adds up
 
 
 def width(R: int) -> int:
@@ -162,6 +193,9 @@ def tile(kernel: str, x: Tensor, R: int) -> dict:
     """The compile-time numbers and options of a launch."""
     BT, BD, warps, stages = TILES[kernel]
     columns = {"BR": max(16, power_of_two(R))}
+    if kernel == "up":
+        columns["BW"], over = max(16, power_of_two(width(R))), cdiv(columns["BR"], 16)
+        warps, BD = warps * min(over, 2), BD * 2 // max(over, 2)
     if kernel in ("low", "down"):
         BC = max(64, power_of_two(5 * (width(R) if kernel == "low" else R)))
         columns, over = {"BC": BC}, cdiv(BC, 128)  # times as many columns as registers were counted for
@@ -170,6 +204,13 @@ def tile(kernel: str, x: Tensor, R: int) -> dict:
         BD, stages = BD // 2, 1
     return {"BT": BT, "BD": max(16, min(BD, power_of_two(x.shape[-1]))), "PRECISION": precision(x.dtype),
             "num_warps": warps, "num_stages": stages} | columns
+
+
+def segment(kernel: str, x: Tensor, N: int, blocks: int) -> int:
+    """Tokens of a segment, so many that programs of `blocks` to a segment fill the GPU once."""
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    most = max(1, PROGRAMS[kernel] * processors // blocks)
+    return max(LEAST, 64 * cdiv(N, 64 * most))
 
 
 def forward(x: Tensor, base: Tensor, down: Tensor, mix: Tensor, up: Tensor,
@@ -195,28 +236,27 @@ def backward(dy: list[Tensor], x: Tensor, base: Tensor, down: Tensor, mix: Tenso
     if not x.numel():
         dbase, ddown, dmix, dup = (torch.zeros_like(each) for each in (base, down, mix, up))
         return torch.empty_like(x), dbase, ddown, dmix, dup
-    N, segments = B * T, cdiv(B * T, SEGMENT)
+    N = B * T
     first, documents = firsts(x, cu_seqlens)
     dx, dm, dpre = torch.empty_like(x), x.new_empty(5, N, D), x.new_empty(N, 5 * R)
-    ddown = torch.empty(segments, 5 * R, D, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         up_there, down_there = up.to(x.dtype), down.to(x.dtype)
         launch = tile("inputs", x, R)
         inputs_kernel[cdiv(N, launch["BT"] - 1), cdiv(D, launch["BD"])](
             x, mix, low, up_there, first, *dy, dm, dx, N, T, D, R, W, documents, **launch)
-        dup = in_float32(low.view(N, 5, W).permute(1, 2, 0), dm)
-        dlow = torch.bmm(dm, up_there.mT)
+        launch = tile("up", x, R)
+        blocks = cdiv(D, launch["BD"])
+        length = segment("up", x, N, 5 * blocks)
+        dup = torch.empty(cdiv(N, length), 5, W, D, dtype=torch.float32, device=x.device)
+        dlow = torch.empty(blocks, 5, N, R, dtype=x.dtype if blocks == 1 else torch.float32, device=x.device)
+        up_kernel[5 * blocks, len(dup)](dm, low, up_there, dlow, dup, N, D, R, W, length, **launch)
         launch = tile("down", x, R)
-        down_kernel[cdiv(D, launch["BD"]), segments](
-            x, base, low, first, dlow, dpre, ddown, N, T, D, R, W, documents, SEGMENT, **launch)
+        length = segment("down", x, N, cdiv(D, launch["BD"]))
+        ddown = torch.empty(cdiv(N, length), 5 * R, D, dtype=torch.float32, device=x.device)
+        down_kernel[cdiv(D, launch["BD"]), len(ddown)](
+            x, base, low, first, dlow, dpre, ddown, N, T, D, R, W, documents, blocks, length, **launch)
         dlerp = torch.mm(dpre, down_there.mT)
         dx, dbase = lerp_backward([dlerp], x, base.unsqueeze(0), cu_seqlens, added_to=dx)
-    return (dx, dbase.squeeze(0), ddown.sum(0).mT.to(down.dtype).contiguous(), dup[:, R].to(mix.dtype).contiguous(),
-            dup[:, :R].to(up.dtype).contiguous())
-
-
-def in_float32(a: Tensor, b: Tensor) -> Tensor:
-    """The products of two stacks of matrices, in float32 as they are summed."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a.float(), b.float())
+    dup = dup.sum(0)
+    return (dx, dbase.squeeze(0), ddown.sum(0).mT.to(down.dtype).contiguous(),
+            dup[:, R].to(mix.dtype).contiguous(), dup[:, :R].to(up.dtype).contiguous())
