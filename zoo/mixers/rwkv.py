@@ -22,6 +22,7 @@ from zoo.contract import SequenceMixer, State
 from zoo.errors import ZooError
 from zoo.layers import head_dim
 from zoo.ops.norm_gate import norm_gate
+from zoo.ops.squared_relu import squared_relu
 from zoo.ops.token_mix import ddlerp, token_mix
 from zoo.ops.wkv6 import wkv6_of
 
@@ -52,7 +53,7 @@ class ChannelMix(SequenceMixer):
         return self._mixed(*token_mix(x, self.mix, cu_seqlens=cu_seqlens))
 
     def _mixed(self, xk: Tensor, xr: Tensor) -> Tensor:
-        return self.receptance(xr).sigmoid() * self.value(self.key(xk).relu().square())
+        return self.receptance(xr).sigmoid() * squared_relu(xk, self.key.weight, self.value.weight)
 
     def init_state(self, batch_size: int, max_len: int, *, device: torch.device | str | None = None,
                    dtype: torch.dtype = torch.float32) -> State:
