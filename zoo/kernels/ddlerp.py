@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._common import cdiv, dot, power_of_two, precision
+from zoo.kernels._common import cdiv, dot, power_of_two
 from zoo.kernels.token_mix import backward as lerp_backward
 from zoo.kernels.token_mix import firsts, moved, pair, pick
 
@@ -200,9 +200,10 @@ def tile(kernel: str, x: Tensor, R: int) -> dict:
         BC = max(64, power_of_two(5 * (width(R) if kernel == "low" else R)))
         columns, over = {"BC": BC}, cdiv(BC, 128)  # times as many columns as registers were counted for
         BT, BD = (max(16, BT // over), BD) if kernel == "low" else (BT, max(16, BD // over))
-    if x.element_size() == 4:
-        BD, stages = BD // 2, 1
-    return {"BT": BT, "BD": max(16, min(BD, power_of_two(x.shape[-1]))), "PRECISION": precision(x.dtype),
+    exact = x.dtype == torch.float32  # sums as long as these show that a tensor core rounds each step towards 0
+    if exact:
+        BT, BD, stages = 32, 128 if kernel == "up" else 32, 1
+    return {"BT": BT, "BD": max(16, min(BD, power_of_two(x.shape[-1]))), "PRECISION": "ieee" if exact else "tf32",
             "num_warps": warps, "num_stages": stages} | columns
 
 

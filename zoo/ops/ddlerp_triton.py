@@ -39,7 +39,8 @@ def _backward(dy: list[Tensor], x: Tensor, base: Tensor, down: Tensor, mix: Tens
               cu_seqlens: Tensor | None) -> Five:
     """-> gradients of x, base, down, mix, up.
 
-    Beside these: five tensors like x, two of 5 R numbers a token (D > 256: one in float32 for every 256 channels);
+    Beside these: five tensors like x, two of 5 R numbers a token (D > 256: one in float32 for every 256 channels, in
+    float32 for every 128);
     in float32 those of down, up and mix as often as programs fill the GPU, and base's for every 31 tokens.
     """
     from zoo.kernels.ddlerp import backward
