@@ -17,7 +17,18 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._common import LOG2E, dot
-from zoo.kernels.aft_parts import Problem, document, flagged, gated, locate, power, raised, shares_of
+from zoo.kernels.aft_parts import (
+    Problem,
+    document,
+    flagged,
+    gated,
+    locate,
+    power,
+    raised,
+    shares_of,
+    steep_row,
+    steep_sums,
+)
 
 
 @triton.jit(do_not_specialize=["T", "P", "chunks", "slots", "last"])
@@ -62,18 +73,10 @@ def forward_kernel(q, k, v, y, inv, table, pairs, planes, flags, cu_seqlens, blo
             p_v += BS * Cp
             p_p += BS * Cp
     if slow > 0:
-        b_m = tl.zeros([BT, BC], tl.float32) + ref[None, :]  # stays where the block is not steep
-        for i_s in range(0, tl.minimum(BT, length - i_t * BT)):
-            at = start + i_t * BT + i_s
-            b_x = tl.load(k + i_b * k_b + at * k_t + o_c, mask=o_c < C, other=0).to(tl.float32)[None, :] * LOG2E
-            b_v = tl.load(v + i_b * v_b + at * v_t + o_c, mask=o_c < C, other=0).to(tl.float32)[None, :]
-            b_a = tl.load(table + (i_t * BT + o_t).to(tl.int64) * columns + i_t * BT + i_s).to(tl.float32)[:, None]
-            b_next = tl.where(o_t[:, None] >= i_s, tl.maximum(b_m, b_x), b_m)
-            fall = tl.exp2(b_m - b_next)
-            p = b_a * tl.exp2(tl.minimum(b_x - b_next, 0.0))
-            b_num = b_num * fall + p * b_v
-            b_den = b_den * fall + p
-            b_m = b_next
+        at = start + i_t * BT
+        p_diagonal = table + i_t.to(tl.int64) * BT * columns + i_t * BT
+        b_num, b_den = steep_sums(k + i_b * k_b + at * k_t, v + i_b * v_b + at * v_t, p_diagonal, b_num, b_den, ref,
+                                  tl.minimum(BT, length - i_t * BT), o_c, C, k_t, v_t, columns, BT)
     row = (i_t * BT + o_t)[:, None].to(tl.int64)
     mask = (row < length) & (o_c < C)[None, :]
     b_q = tl.load(q + i_b * q_b + (start + row) * q_t + o_c[None, :], mask=mask, other=0).to(tl.float32)
@@ -137,18 +140,13 @@ def columns_kernel(q, k, v, dy, y, inv, ab, dk, dv, table, planes, flags, cu_seq
     if slow > 0:
         c_m = ref
         for i_s in range(0, tl.minimum(BT, length - i_t * BT)):
-            at = start + i_t * BT + i_s
-            own = (i_b * T + at) * C + o_c
-            c_x = tl.load(k + i_b * k_b + at * k_t + o_c, mask=o_c < C, other=0).to(tl.float32) * LOG2E
+            c_x, c_a, c_b = steep_row(q, k, dy, y, inv, i_b, start + i_t * BT + i_s, o_c < C, o_c, T, C, q_b, q_t, k_b,
+                                      k_t, dy_b, dy_t)
             c_m = tl.maximum(c_m, c_x)
-            c_q = tl.load(q + i_b * q_b + at * q_t + o_c, mask=o_c < C, other=0).to(tl.float32)
-            c_dy = tl.load(dy + i_b * dy_b + at * dy_t + o_c, mask=o_c < C, other=0).to(tl.float32)
-            c_dy *= tl.load(inv + own, mask=o_c < C, other=0).to(tl.float32)
-            c_y = tl.load(y + own, mask=o_c < C, other=0).to(tl.float32)
             b_table = tl.load(table + (i_t * BT + i_s).to(tl.int64) * columns + i_t * BT + o_k).to(tl.float32)
             p = b_table[:, None] * tl.exp2(tl.minimum(b_k * LOG2E - c_m[None, :], 0.0))
-            b_dv += p * (c_dy * tl.sigmoid(c_q))[None, :]
-            b_rest -= p * (c_dy * c_y)[None, :]
+            b_dv += p * c_a[None, :]
+            b_rest += p * c_b[None, :]
     b_v = tl.load(v + i_b * v_b + (start + row) * v_t + o_c[None, :], mask=mask, other=0).to(tl.float32)
     at = (i_b * T + start + row) * C + o_c[None, :]
     tl.store(dv + at, b_dv.to(dv.dtype.element_ty), mask=mask)
@@ -167,16 +165,11 @@ def steep_rows(q, k, v, dy, y, inv, p_sum, columns, i_b, start, length, i_t, o_c
     b_v = tl.load(v + i_b * v_b + (start + key) * v_t + o_c[None, :], mask=mask, other=0).to(tl.float32)
     c_m = ref
     for i_s in range(0, tl.minimum(BT, length - i_t * BT)):
-        at = start + i_t * BT + i_s
-        own = (i_b * T + at) * C + o_c
-        c_x = tl.load(k + i_b * k_b + at * k_t + o_c, mask=steep, other=0).to(tl.float32) * LOG2E
+        c_x, c_a, c_b = steep_row(q, k, dy, y, inv, i_b, start + i_t * BT + i_s, steep, o_c, T, C, q_b, q_t, k_b, k_t,
+                                  dy_b, dy_t)
         c_m = tl.maximum(c_m, c_x)
-        c_q = tl.load(q + i_b * q_b + at * q_t + o_c, mask=steep, other=0).to(tl.float32)
-        c_dy = tl.load(dy + i_b * dy_b + at * dy_t + o_c, mask=steep, other=0).to(tl.float32)
-        c_dy *= tl.load(inv + own, mask=steep, other=0).to(tl.float32)
-        c_y = tl.load(y + own, mask=steep, other=0).to(tl.float32)
         p = tl.exp2(tl.minimum(b_x - c_m[None, :], 0.0))
-        b_sum = tl.sum(p * (c_dy[None, :] * (tl.sigmoid(c_q)[None, :] * b_v - c_y[None, :])), 1)
+        b_sum = tl.sum(p * (c_a[None, :] * b_v + c_b[None, :]), 1)
         p_row = p_sum + i_s * columns + o_r
         tl.store(p_row, tl.load(p_row) + b_sum)
         tl.debug_barrier()

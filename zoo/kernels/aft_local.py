@@ -15,7 +15,19 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._common import LOG2E, dot
-from zoo.kernels.aft_parts import Problem, before, document, flagged, gated, locate, power, raised, shares_of
+from zoo.kernels.aft_parts import (
+    Problem,
+    before,
+    document,
+    flagged,
+    gated,
+    locate,
+    power,
+    raised,
+    shares_of,
+    steep_row,
+    steep_sums,
+)
 
 
 @triton.jit(do_not_specialize=["T", "P", "chunks", "slots"])
@@ -59,18 +71,10 @@ def forward_kernel(q, k, v, y, inv, table, far, planes, flags, cu_seqlens, block
         b_num = dot(b_a, (p * b_v).to(b_a.dtype), b_num, PRECISION)
         b_den = dot(b_a, p.to(b_a.dtype), b_den, PRECISION)
     if slow > 0:
-        b_m = tl.zeros([BT, BC], tl.float32) + ref[None, :]  # stays where the block is not steep
-        for i_s in range(0, tl.minimum(BT, length - i_t * BT)):
-            at = start + i_t * BT + i_s
-            b_x = tl.load(k + i_b * k_b + at * k_t + o_c, mask=o_c < C, other=0).to(tl.float32)[None, :] * LOG2E
-            b_v = tl.load(v + i_b * v_b + at * v_t + o_c, mask=o_c < C, other=0).to(tl.float32)[None, :]
-            b_a = tl.load(table + (i_t * BT + o_t) * columns + NB * BT + i_s).to(tl.float32)[:, None]
-            b_next = tl.where(o_t[:, None] >= i_s, tl.maximum(b_m, b_x), b_m)
-            fall = tl.exp2(b_m - b_next)
-            p = b_a * tl.exp2(tl.minimum(b_x - b_next, 0.0))
-            b_num = b_num * fall + p * b_v
-            b_den = b_den * fall + p
-            b_m = b_next
+        at = start + i_t * BT
+        p_diagonal = table + i_t * BT * columns + NB * BT
+        b_num, b_den = steep_sums(k + i_b * k_b + at * k_t, v + i_b * v_b + at * v_t, p_diagonal, b_num, b_den, ref,
+                                  tl.minimum(BT, length - i_t * BT), o_c, C, k_t, v_t, columns, BT)
     at = (i_b * T + start + (i_t * BT + o_t)[:, None]) * C + o_c[None, :]
     b_y, b_inv = gated(b_q, b_num, b_den, inv.dtype.element_ty == tl.float32)
     tl.store(y + at, b_y.to(y.dtype.element_ty), mask=m_own)
@@ -92,15 +96,9 @@ def steep_rows(q, k, v, dy, y, inv, dk, dv, p_table, p_sum, i_b, start, length, 
     b_rest = b_v * 0
     c_m = ref
     for i_s in range(0, tl.minimum(BT, length - i_t * BT)):
-        at = start + i_t * BT + i_s
-        own = (i_b * T + at) * C + o_c
-        c_x = tl.load(k + i_b * k_b + at * k_t + o_c, mask=steep, other=0).to(tl.float32) * LOG2E
+        c_x, c_a, c_b = steep_row(q, k, dy, y, inv, i_b, start + i_t * BT + i_s, steep, o_c, T, C, q_b, q_t, k_b, k_t,
+                                  dy_b, dy_t)
         c_m = tl.maximum(c_m, c_x)
-        c_q = tl.load(q + i_b * q_b + at * q_t + o_c, mask=steep, other=0).to(tl.float32)
-        c_dy = tl.load(dy + i_b * dy_b + at * dy_t + o_c, mask=steep, other=0).to(tl.float32)
-        c_dy *= tl.load(inv + own, mask=steep, other=0).to(tl.float32)
-        c_a = c_dy * tl.sigmoid(c_q)
-        c_b = -c_dy * tl.load(y + own, mask=steep, other=0).to(tl.float32)
         p = tl.exp2(tl.minimum(b_x - c_m[None, :], 0.0))
         p_row = p_sum + i_s * COLUMNS + o_r
         tl.store(p_row, tl.load(p_row) + tl.sum(p * (c_a[None, :] * b_v + c_b[None, :]), 1))

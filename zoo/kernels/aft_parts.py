@@ -151,6 +151,36 @@ def power(b_k, level):
 
 
 @triton.jit
+def steep_sums(k, v, table, b_num, b_den, ref, tokens, o_c, C, k_t, v_t, columns, BT: tl.constexpr):
+    """num, den of a steep block's rows with its own tokens, one by one; k, v, table point to the first of them. Where
+    the block is not steep, the running maximum stays ref."""
+    o_t = tl.arange(0, BT)
+    b_m = b_num * 0 + ref[None, :]
+    for i_s in range(0, tokens):
+        b_x = tl.load(k + tl.cast(i_s, tl.int64) * k_t + o_c, mask=o_c < C, other=0).to(tl.float32)[None, :] * LOG2E
+        b_v = tl.load(v + tl.cast(i_s, tl.int64) * v_t + o_c, mask=o_c < C, other=0).to(tl.float32)[None, :]
+        b_a = tl.load(table + o_t * columns + i_s).to(tl.float32)[:, None]
+        b_next = tl.where(o_t[:, None] >= i_s, tl.maximum(b_m, b_x), b_m)
+        fall = tl.exp2(b_m - b_next)
+        p = b_a * tl.exp2(tl.minimum(b_x - b_next, 0.0))
+        b_num = b_num * fall + p * b_v
+        b_den = b_den * fall + p
+        b_m = b_next
+    return b_num, b_den
+
+
+@triton.jit
+def steep_row(q, k, dy, y, inv, i_b, at, m_c, o_c, T, C, q_b, q_t, k_b, k_t, dy_b, dy_t):
+    """Of the row at token `at`, which is one of a steep block: its key, and the factors a, b of the gradients."""
+    own = (i_b * T + at) * C + o_c
+    c_x = tl.load(k + i_b * k_b + at * k_t + o_c, mask=m_c, other=0).to(tl.float32) * LOG2E
+    c_q = tl.load(q + i_b * q_b + at * q_t + o_c, mask=m_c, other=0).to(tl.float32)
+    c_dy = tl.load(dy + i_b * dy_b + at * dy_t + o_c, mask=m_c, other=0).to(tl.float32)
+    c_dy *= tl.load(inv + own, mask=m_c, other=0).to(tl.float32)
+    return c_x, c_dy * tl.sigmoid(c_q), -c_dy * tl.load(y + own, mask=m_c, other=0).to(tl.float32)
+
+
+@triton.jit
 def flagged(flags, cu_seqlens, share, shares, count, i_t, NB: tl.constexpr, T, P, n, BT: tl.constexpr,
             DOCUMENTS: tl.constexpr):
     """Whether any unit of a share, of a flag's channels each, is flagged at block i_t, which may be steep, or at i_t +
