@@ -112,7 +112,10 @@ def reproduce(
     device: Annotated[str, typer.Option(help="cpu or cuda; auto is what it was trained on, where there is one.")] =
         "auto",
 ) -> None:
-    """Repeat the start of a published model's run and compare the losses with its curve; status 1 if they differ."""
+    """Repeat the start of a published model's run.
+
+    Its losses are compared with the stored curve; exit status 1 if they differ.
+    """
     from zoo.reproduce import reproduce
 
     found = reproduce(model, steps, data=data, out=out, device=device)
