@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -154,6 +155,7 @@ def test_tuning_is_bounded_and_its_failure_told(process: Process, monkeypatch: p
     peer = Peer("nobody", ("wkv6",), lambda problem: Side(problem.zoo, []), on_cpu=True, tunes=True)
     said = ops_prepare.tune(process, peer, small("wkv6"), CPU, WAIT)
     assert "its first call failed: unknown peer 'nobody'; allowed: fla" in said
+    os.kill(process.ask(os.getpid), signal.SIGSTOP)  # or its answer may be there at once
     assert "longer than 0 s" in ops_prepare.tune(process, peer, small("wkv6"), CPU, 0.0)
     asked: list[Case] = []
     monkeypatch.setattr(ops_prepare, "tune", lambda process, peer, case, *rest: asked.append(case) or "it was long")
@@ -179,9 +181,9 @@ def test_first_calls_go_forward_and_backward(monkeypatch: pytest.MonkeyPatch) ->
     assert called == [("B2 T9 H1 K16 V16", True), ("B2 T9 H1 K16 V16", False)]
     with pytest.raises(ZooError, match="unknown peer 'nobody'"):
         ops_prepare.first_call("nobody", small("aft_full"), CPU)
-    monkeypatch.setattr(config, "autotune_local_cache", True)
-    ops_prepare.compile_one("one", small("aft_full"), CPU)
-    assert config.autotune_local_cache is False  # nothing is chosen by times taken in a crowd
+    with config.patch(autotune_local_cache=True):
+        ops_prepare.compile_one("one", small("aft_full"), CPU)
+        assert config.autotune_local_cache is False  # nothing is chosen by times taken in a crowd
 
 
 def test_compiling_beforehand_is_bounded() -> None:
