@@ -53,6 +53,14 @@ def test_the_processes_end_by_themselves(tmp_path: Path, monkeypatch: pytest.Mon
     ahead.end()
 
 
+def test_what_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    sleeping = subprocess.Popen(["sleep", "60"])
+    monkeypatch.setattr(ahead, "_process", sleeping)
+    monkeypatch.setattr(ahead, "LONGEST", 0.1)
+    ahead.wait()
+    assert sleeping.returncode == -signal.SIGTERM
+
+
 def test_what_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "self_test_file", lambda: tmp_path / "tests.json")
     monkeypatch.setattr(ahead, "wanted", lambda run, shapes: set())

@@ -29,6 +29,7 @@ sys.path[:], config = json.loads(sys.argv[1])
 from zoo.training import ahead
 ahead.main(config)
 """
+LONGEST = 120  # seconds that a run waits
 _process: subprocess.Popen[bytes] | None = None
 
 
@@ -47,10 +48,14 @@ def begin(config: Mapping[str, Any]) -> None:
 def wait() -> None:
     """Until all that was begun is done, however it ended: what was not found out, the run finds out by itself."""
     if _process is not None:
-        _process.wait()
+        try:
+            _process.wait(LONGEST)
+        except subprocess.TimeoutExpired:
+            end()
 
 
 def end() -> None:
+    """Of the processes, where they still run."""
     if _process is not None:
         _process.terminate()
         _process.wait()
