@@ -52,7 +52,8 @@ def test_it_is_its_definition(shape: tuple[int, ...]) -> None:
 @interpreted
 def test_programs_take_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "PROGRAMS", 3)
-    check_against_float64(op, definition, definition, draw(1, 333, 100), FP32)
+    for width in (100, 300):
+        check_against_float64(op, definition, definition, draw(1, 333, width), FP32)
 
 
 @pytest.mark.gpu
@@ -177,7 +178,7 @@ def test_self_test() -> None:
 
 def builds() -> None:
     """At the widths and dtypes that are trained, for tests/kernel_builds.py."""
-    for D in (256, 512, 768):
+    for D in (256, 512, 768, 4096):
         x, w = torch.zeros(4, 64, D), torch.zeros(D)
         s, n, h, scale = kernels.forward(x, x.bfloat16(), w, w, 1e-5, BF16)
         kernels.backward(n, s, h, scale, w, FP32, BF16)
