@@ -336,6 +336,7 @@ def _peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
     """The most that one call takes beside the inputs; None on a CPU, where nobody counts."""
     if device.type != "cuda":
         return None
+    time.sleep(0.01)  # a backward pass has threads, which hold the last tensors of the call before a moment longer
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     call()
