@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cases import Case, tiny
+from training_runs import config, write_corpus
 
 import zoo
 from zoo import ZooError
+from zoo.bench import loop
 from zoo.bench.timing import Timing, interleave
 from zoo.bench.train import COLUMNS, Side, Step, bench_train, table, to_csv
 from zoo.bench.train_peers import PlainDecoder, decoder_flops
@@ -158,3 +162,22 @@ def test_the_plain_decoder_is_one() -> None:
     torch.testing.assert_close(model.blocks[0](later, model.cos, model.sin)[:, :9], y[:, :9])
     swapped = x[:, [1, 0, *range(2, 16)]]
     assert not torch.allclose(model.blocks[0](swapped, model.cos, model.sin)[:, -1], y[:, -1], atol=1e-4)
+
+
+def test_the_loop_is_measured_against_the_bare_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    """A run as it is given to `train`, but for its text; as many intervals from either side."""
+    corpus, given = write_corpus(tmp_path), loop.run_config
+
+    def made(*arguments: Any) -> dict[str, Any]:
+        return given(*arguments) | {"data": config(corpus, tmp_path)["data"]}
+
+    monkeypatch.setattr(loop, "run_config", made)
+    monkeypatch.setattr(loop, "LOG_EVERY", 2)
+    shape = "transformer", "nano", 16, 32, 8, CPU
+    bare, whole = loop.bare(*shape), loop.whole(*shape)
+    assert len(bare) == len(whole) == 3
+    assert min(bare + whole) > 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    loop.main(["transformer"], size="nano", seq_len=16, batch_tokens=32, steps=4)
+    assert "transformer nano, T=16, 32 tokens a step: bare" in capsys.readouterr().out
