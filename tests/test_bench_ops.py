@@ -25,7 +25,8 @@ from zoo.revision import source_commit
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SMALL = {"causal_attention": (2, 32, 32), "aft_full": (1, 24, 24), "aft_simple": (1, 24, 24), "aft_local": (1, 24, 24),
-         "add_norm": (1, 24, 24), "token_mix": (1, 24, 24), "ddlerp": (1, 24, 24), "linear_cross_entropy": (1, 24, 300)}
+         "add_norm": (1, 24, 24), "token_mix": (1, 24, 24), "ddlerp": (1, 24, 24), "squared_relu": (1, 24, 40),
+         "linear_cross_entropy": (1, 24, 300)}
 
 
 def small(op: str, T: int = 150) -> Case:
@@ -47,11 +48,18 @@ def test_shapes_on_a_gpu(op: str) -> None:
     if op == "linear_cross_entropy":  # it flattens its tokens
         assert {(case.B * case.T, case.K, case.V) for case in found} == {
             (32768, 768, 8192), (16384, 768, 50304), (32768, 512, 256)}
-    elif op in ("rotary_attention", "summary_attention", "add_norm", "norm_gate", "token_mix", "ddlerp"):
+    elif op in ("rotary_attention", "summary_attention", "add_norm", "norm_gate", "token_mix", "ddlerp",
+                "squared_relu"):
         assert [(case.B, case.T) for case in found] == [(32, 1024)]
     else:
         assert tuple(case.T for case in swept) == LENGTHS
         assert {case.T for case in cases(op, GPU, [512])} == {512}
+
+
+def test_every_op_with_kernels_is_measured() -> None:
+    kernels = {path.stem.removesuffix("_triton") for path in Path(aft.__file__).parent.glob("*_triton.py")}
+    assert len(kernels) > 10
+    assert not [name for name in kernels if not any(name in op for op in OPS)]
 
 
 def test_the_published_shapes_are_among_them() -> None:

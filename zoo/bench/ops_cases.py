@@ -18,6 +18,7 @@ from zoo.ops import (
     linear_attention,
     norm_gate,
     rotary,
+    squared_relu,
     summary_attention,
     token_mix,
     wkv6,
@@ -38,7 +39,7 @@ Output = Tensor | tuple[Tensor, ...]
 @dataclass(frozen=True)
 class Case:
     """One op at one shape. AFT without heads has H = 1 and its channels as K = V; linear + cross-entropy takes B T
-    tokens of width K to a vocabulary of V.
+    tokens of width K to a vocabulary of V, squared_relu of width K through V.
     """
 
     op: str
@@ -254,6 +255,12 @@ _OPS = {
                         for y in token_mix.ddlerp(*(x[name] for name in ("x", "base", "down", "mix", "up")))),
         lambda case: 2.0 * case.T * case.K * MIXTURES * MIX_RANK, trained=("base", "down", "mix", "up"),
         like=lambda x: (x["x"],) * MIXTURES, autocast=True),
+    "squared_relu": _Op(
+        lambda case, randn: {"x": randn(case.B, case.T, case.K), "inner": randn(case.V, case.K) / case.K**0.5,
+                             "outer": randn(case.K, case.V) / case.V**0.5},
+        lambda x: squared_relu.squared_relu(x["x"], x["inner"], x["outer"]),
+        lambda case: 2.0 * case.T * case.K * case.V,
+        trained=("inner", "outer"), like=lambda x: (x["x"],), autocast=True),
 }
 OPS = tuple(_OPS)
 
@@ -261,7 +268,7 @@ OPS = tuple(_OPS)
 # for, and those of ops that are measured at no other.
 _SWEPT = {"causal_attention": [(16, 64, 64), (8, 128, 128)], "aft_full": [(1, 512, 512)], "aft_simple": [(1, 512, 512)],
           "aft_local": [(1, 512, 512)], "rotary_attention": [], "summary_attention": [], "linear_cross_entropy": [],
-          "add_norm": [], "norm_gate": [], "token_mix": [], "ddlerp": []}
+          "add_norm": [], "norm_gate": [], "token_mix": [], "ddlerp": [], "squared_relu": []}
 _SINGLE = {
     "causal_attention": [(16384 // T, T, *kind) for kind in ((16, 64, 64), (8, 128, 128)) for T in (1024, 4096, 16384)],
     "linear_attention": [(32, 1024, 8, 256, 64)],
@@ -270,8 +277,9 @@ _SINGLE = {
     "linear_cross_entropy": [(32, 1024, 1, 768, 8192), (16, 1024, 1, 768, 50304), (32, 1024, 1, 512, 256)],
     **{op: [(32, 1024, 8, 64, 64)] for op in ("rotary_attention", "summary_attention", "norm_gate")},
     **{op: [(32, 1024, 1, 512, 512)] for op in ("add_norm", "token_mix", "ddlerp")},
+    "squared_relu": [(32, 1024, 1, 512, 1792)],
 }
-_CHANNELS = "aft_full", "aft_simple", "aft_local", "add_norm", "token_mix", "ddlerp"
+_CHANNELS = "aft_full", "aft_simple", "aft_local", "add_norm", "token_mix", "ddlerp", "squared_relu"
 TOKENS, CPU_TOKENS = 32768, 512
 
 

@@ -48,3 +48,7 @@ def ddlerp(x: Tensor, base: Tensor, down: Tensor, mix: Tensor, up: Tensor) -> tu
     low = torch.tanh((x + delta * base).to(x.dtype) @ down.to(x.dtype)).view(-1, *up.shape[:2])
     weights = torch.bmm(low.transpose(0, 1), up.to(x.dtype)).view(-1, *x.shape)
     return tuple((x + delta * (m + each)).to(x.dtype) for m, each in zip(mix, weights.unbind(0), strict=True))
+
+
+def squared_relu(x: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
+    return F.linear(F.linear(x, inner.to(x.dtype)).relu().square(), outer.to(x.dtype))
