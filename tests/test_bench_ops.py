@@ -160,8 +160,11 @@ def test_rows_and_what_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     many.append(Peer("absent", ("aft_simple",), wrong, module="no_such_module", package="absent-package"))
     monkeypatch.setattr(ops_peers, "peers", lambda op: many)
     told: list[tuple[str, float]] = []
-    found, = bench_ops(["aft_simple"], device=CPU, lengths=[8, 16], budget=0,
+    kept: list[list[Row]] = []
+    found, = bench_ops(["aft_simple"], device=CPU, lengths=[8, 16], budget=0, keep=kept.append,
                        progress=lambda op, done: told.append((op, done)))
+    assert [len(rows) for rows in kept] == [4, 4]
+    assert [row for rows in kept for row in rows] == found.rows
     assert told == [("importing", 0), ("aft_simple", 0), ("aft_simple", 0.5)]
     assert [(row.case.T, row.direction, row.impl) for row in found.rows] == [
         (T, direction, impl) for T in (8, 16) for direction in DIRECTIONS for impl in (EAGER, "right")]
@@ -360,9 +363,10 @@ def test_the_command_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_what_is_measured_is_kept(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "ops.csv"
 
-    def stops(*args: object, **kwargs: object):
-        yield Found("wkv6", [row()])
+    def stops(*args: object, **kwargs):
+        kwargs["keep"]([row()])
         assert len(out.read_text().splitlines()) == 2
+        yield Found("wkv6", [row()])
         raise KeyboardInterrupt
 
     monkeypatch.setattr(measuring, "bench_ops", stops)

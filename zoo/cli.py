@@ -200,6 +200,7 @@ def bench_ops(
     from zoo.bench import ops as measuring
     from zoo.bench import ops_report as report
     from zoo.pretrained import find_device
+    from zoo.revision import source_commit
     from zoo.training.hardware import device_name
 
     place, names, console = find_device(device), _listed(ops), _console()
@@ -208,25 +209,27 @@ def bench_ops(
     if plot is not None:
         report.check_plot(plot)
     rows: list[measuring.Row] = []
-    whole = report.to_csv(rows, place, before=before, commit=commit)
-    if csv is not None:
-        _write(csv, whole)
+    commit = (source_commit(12) or "") if commit is None else commit
+
+    def keep(more: list[measuring.Row]) -> None:
+        rows.extend(more)
+        if csv is not None:
+            _write(csv, report.to_csv(rows, place, before=before, commit=commit))
+
+    keep([])
     with Progress(console=_console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("ceilings", total=1.0)
         ceilings = measuring.measure_ceilings(place)
         for found in measuring.bench_ops(names or None, device=place, lengths=wanted or None, peers=peers,
-                                         budget=seconds, tuning=tuning, workers=workers, limit=limit,
+                                         budget=seconds, tuning=tuning, workers=workers, limit=limit, keep=keep,
                                          progress=lambda op, done: bar.update(task, description=op, completed=done)):
-            rows += found.rows
-            whole = report.to_csv(rows, place, before=before, commit=commit)
-            if csv is not None:
-                _write(csv, whole)
             if found.rows:
                 console.print(report.table(found, ceilings))
             for line in report.left_out(found):
                 print(line)
             sys.stdout.flush()
     if plot is not None:
+        whole = report.to_csv(rows, place, before=before, commit=commit)
         report.plot(report.from_csv(whole, report.gpu_name(place)), plot, f"Ops of the zoo on {device_name(place)}")
 
 

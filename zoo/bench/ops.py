@@ -98,13 +98,15 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 def bench_ops(ops: Sequence[str] | None = None, *, device: torch.device, lengths: Sequence[int] | None = None,
               peers: bool = True, budget: float = 20.0, tuning: float = 300.0, workers: int = 0,
               limit: float = float("inf"), apart: bool | None = None,
+              keep: Callable[[list[Row]], object] = lambda rows: None,
               progress: Callable[[str, float], object] = lambda op, done: None) -> Iterator[Found]:
     """Time ops one after the other, each for about `budget` seconds of measuring, first calls not counted.
 
-    The shapes of bars come first, of all ops; then the others. Yields an op's rows as soon as they are there, so twice
-    as a rule. `tuning`: the limit, in seconds, of a peer's own tuning for one head size, and of compiling beforehand in
-    as many processes as `workers` says. What is not measured `limit` seconds after the call is left out, and named.
-    `apart`: every op in a process of its own; None: on a GPU. progress(op, share of its cases done).
+    The shapes of bars come first, of all ops; then the others. Yields an op when it is done with, so twice as a rule;
+    keep(rows) is told after each case. `tuning`: the limit, in seconds, of a peer's own tuning for one head size, and
+    of compiling beforehand in as many processes as `workers` says. What is not measured `limit` seconds after the call
+    is left out, and named. `apart`: every op in a process of its own; None: on a GPU. progress(op, share of its cases
+    done).
     """
     if workers < 0:
         raise ZooError(f"workers={workers} is not allowed: whole numbers from 0")
@@ -132,7 +134,9 @@ def bench_ops(ops: Sequence[str] | None = None, *, device: torch.device, lengths
                         why |= rooms.tuned(case, min(tuning, end - time.monotonic()))
                     left = end - time.monotonic()
                     if left > 0:
-                        found.add(rooms.measure(case, budget / len(planned[op]), why, limit=left))
+                        one = rooms.measure(case, budget / len(planned[op]), why, limit=left)
+                        found.add(one)
+                        keep(one.rows)
                     else:
                         late = f"not begun within the {limit:.0f} s allowed; --limit gives longer"
                         found.leave_out("all", late, case)
