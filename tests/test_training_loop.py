@@ -267,6 +267,42 @@ def test_wandb_online_without_a_login_is_one_line(corpus: Path, tmp_path: Path,
     assert not checkpoint.list_steps(tmp_path / "run" / "checkpoints")
 
 
+@pytest.mark.parametrize("log_every", [1, 3])
+def test_rows_that_are_logged_a_step_later_are_the_same(log_every: int, corpus: Path, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: with saves, samples, a validation, and a stop between a row's step and its logging."""
+    changes = {"log_every": log_every, "sample_tokens": 4, "sample_every": 3, "schedule": {"name": "wsd"}}
+    train(config(corpus, tmp_path / "at once", **changes))
+    begin, logged = TrainingModule.on_train_start, list[tuple[int, int]]()
+    log = CSVLogger.log_metrics
+
+    def look_later(self: TrainingModule) -> None:
+        begin(self)
+        self.look_later = True
+
+    def note(self: CSVLogger, metrics: dict[str, float], step: int | None = None) -> None:
+        logged.append((step or 0, trained[-1]))
+        log(self, metrics, step)
+
+    trained, step_of = [0], TrainingModule.training_step
+
+    def training_step(self: TrainingModule, *batch: Any) -> None:
+        step_of(self, *batch)
+        trained.append(self.global_step)
+
+    monkeypatch.setattr(TrainingModule, "on_train_start", look_later)
+    monkeypatch.setattr(TrainingModule, "training_step", training_step)
+    monkeypatch.setattr(CSVLogger, "log_metrics", note)
+    train(config(corpus, tmp_path / "later", **changes), stop_at=5)
+    train(config(corpus, tmp_path / "later", resume="auto", **changes))
+    first, second = (read_rows(tmp_path / name / "metrics.csv") for name in ("at once", "later"))
+    measured = ("step", "tokens", "loss", "bits_per_byte", "lr", "grad_norm", "validation_bits_per_byte")
+    assert [[row[key] for key in measured] for row in second] == [[row[key] for key in measured] for row in first]
+    later = {step for step, at in logged if at > step}
+    assert later == ({1, 2, 3, 5, 7, 9, 10, 11} if log_every == 1 else {3, 9})  # no save or validation at these
+    assert ((5, 5) in logged) == (log_every == 1)  # where the first run stopped
+
+
 def test_profile_writes_a_table_and_a_trace(corpus: Path, tmp_path: Path) -> None:
     train(config(corpus, tmp_path / "run", debug__profile=2, steps=6, sample_tokens=0))
     table = (tmp_path / "run" / "profile.txt").read_text()

@@ -40,6 +40,7 @@ class Monitor(Callback):
         self.improved = False
         self.validation: dict[str, Any] = {}  # the last: step, bits_per_byte, perplexity, positions
         self.pending: dict[str, Any] | None = None  # a step's row whose validation a signal cut short
+        self.due: tuple[int, float] | None = None  # step and rate of a row that is not logged yet
         self.seen = (0, 0.0)  # step and seconds at the last row
         self.seconds_per_step = math.nan
         self.peak: float | None = None
@@ -77,27 +78,40 @@ class Monitor(Callback):
         self.improved = False
         last = step == config.steps
         validate = last or step % config.validate_every == 0
-        if validate or step % config.log_every == 0:
+        self.settle(trainer, pl_module)
+        if validate:
             pl_module.check_finite()
-            row = self._measure(trainer, pl_module, step)
-            if validate:
-                with self.paused(pl_module):
-                    measured = self._validate(trainer, pl_module)
-                if measured is None:
-                    self.pending = row
-                    return
-                row |= measured
-            self._log(trainer, row)
+            row = self._measure(pl_module, step, pl_module.lr, *pl_module.looked_at)
+            with self.paused(pl_module):
+                measured = self._validate(trainer, pl_module)
+            if measured is None:
+                self.pending = row
+                return
+            self._log(trainer, row | measured)
+        elif step % config.log_every == 0:
+            self.due = step, pl_module.lr
+            if not pl_module.look_later:
+                self.settle(trainer, pl_module)
         if step % config.sample_every == 0 and not last and config.sample_tokens and config.trainer.strategy != "fsdp":
             with self.paused(pl_module):
                 self._sample(pl_module, step)
 
+    def settle(self, trainer: Trainer, module: TrainingModule) -> None:
+        """Log the row that is due: on a GPU when the next step is under way, so that the device has something to do."""
+        if self.due is not None:
+            (step, lr), self.due = self.due, None
+            self._log(trainer, self._measure(module, step, lr, *module.looked_at))
+
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self.signals.end()
-        self.reporter.stop()
+        self.settle(trainer, pl_module)
+        self._leave()
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        self.on_train_end(trainer, pl_module)
+        self._leave()
+
+    def _leave(self) -> None:
+        self.signals.end()
+        self.reporter.stop()
 
     @contextmanager
     def paused(self, module: TrainingModule) -> Iterator[None]:
@@ -108,9 +122,9 @@ class Monitor(Callback):
         yield
         self.clock.start()
 
-    def _measure(self, trainer: Trainer, module: TrainingModule, step: int) -> dict[str, Any]:
+    def _measure(self, module: TrainingModule, step: int, lr: float, loss: float, norm: float) -> dict[str, Any]:
+        """A row of metrics, at the moment when the step's figures are there."""
         config, data = self.config, self.data.data
-        loss = float(module.loss)  # waits for the device
         self.clock.stop()
         self.clock.start()
         steps, seconds = step - self.seen[0], self.clock.total - self.seen[1]
@@ -126,8 +140,8 @@ class Monitor(Callback):
             "tokens": step * config.batch_tokens,
             "loss": loss,
             "bits_per_byte": loss / math.log(2) * len(data.train) / data.bytes["train"],
-            "lr": module.lr,
-            "grad_norm": float(module.grad_norm),
+            "lr": lr,
+            "grad_norm": norm,
             "tokens_per_second": rate,
             "mfu": None if self.peak is None else flops * rate / self.peak,
             "peak_memory": peak_memory(module.device),
@@ -207,6 +221,7 @@ class Checkpoints(Callback):
 
     def _save(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
         module.check_finite()
+        self.monitor.settle(trainer, module)
         path = files.step_file(self.folder, step)
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -51,6 +52,7 @@ class TrainingModule(LightningModule):
         self.lr = 0.0
         self.look_later = config.trainer.accelerator == "gpu"
         self.unchecked: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+        self.looked_at = math.nan, math.nan  # loss and gradient norm of the last step that was
         self.spoilt: Tensor | None = None  # whether a step so far was not finite
         self.restored_rng: list[dict[str, Any]] | None = None
         hardware, self.compiled, self.captured = config.trainer, None, None
@@ -113,8 +115,10 @@ class TrainingModule(LightningModule):
             # the fused update itself leaves the weights alone (as it does for a gradient scaler), also in that step.
             self.spoilt = bad if self.spoilt is None else self.spoilt | bad
             optimizer.optimizer.found_inf = self.spoilt.float()  # type: ignore[attr-defined]
-        elif bad:
-            raise finite.report(self, step, float(self.loss), float(self.grad_norm))
+        else:
+            self.looked_at = float(self.loss), float(self.grad_norm)
+            if bad:
+                raise finite.report(self, step, *self.looked_at)
         optimizer.step()
         if self.captured is not None:
             self.captured.zero_grad()
@@ -140,8 +144,10 @@ class TrainingModule(LightningModule):
             (step, figures, arrived), self.unchecked = self.unchecked, None
             if arrived is not None:
                 arrived.synchronize()
-            if not figures.isfinite().all():
-                raise finite.report(self, step, *figures.tolist())
+            loss, norm = figures.tolist()
+            self.looked_at = loss, norm
+            if not math.isfinite(loss + norm):
+                raise finite.report(self, step, loss, norm)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Nats of this device's targets [B, T], 0 where there is none."""
