@@ -350,6 +350,7 @@ def test_causality_on_a_gpu(t: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_self_test_passes(dtype: torch.dtype) -> None:
     assert registered._self_test(torch.device(DEVICE), dtype, (64, 64)) < 1
+    assert registered._self_test_of(torch.device(DEVICE), dtype, (64, 64)) < 1
 
 
 @pytest.mark.gpu

@@ -83,7 +83,7 @@ def backward_kernel(p_y, p_g, p_w, p_b, p_dz, p_dy, p_dg, p_dw, p_db, N, H, K, l
 
 
 TILE = 2048  # tokens times channels of a program's tile
-SEGMENT = 256  # tokens whose part of the parameters' gradients one program adds up
+SEGMENT = 512  # tokens whose part of the parameters' gradients one program adds up
 
 
 def tile(K: int) -> dict:

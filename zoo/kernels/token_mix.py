@@ -104,7 +104,7 @@ def backward_kernel(p_x, p_mix, p_first, dy0, dy1, dy2, dy3, dy4, p_dx, p_dmix, 
     tl.store(p_dx + o_y, b_dx.to(p_dx.dtype.element_ty), mask=m_dx)
 
 
-TILES = {"forward": (16, 128, 4), "backward": (32, 32, 2)}
+TILES = {"forward": (16, 128, 4), "backward": (32, 32, 1)}
 """Of each kernel: tokens, most channels of a program's tile, warps. 32 tokens are too few for wgmma, which would have
 `moved` go through shared memory."""
 

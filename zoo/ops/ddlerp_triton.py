@@ -19,7 +19,7 @@ Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @operator("zoo::ddlerp")
 def _forward(x: Tensor, base: Tensor, down: Tensor, mix: Tensor, up: Tensor, cu_seqlens: Tensor | None) -> Six:
-    """-> low [B, T, 5, W], which is kept for the backward pass beside the inputs, and five mixtures."""
+    """-> low [B, T, 5 R], which is kept for the backward pass beside the inputs, and five mixtures."""
     from zoo.kernels.ddlerp import forward
 
     low, (w, k, v, r, g) = forward(x, base, down, mix, up, cu_seqlens)
@@ -28,10 +28,8 @@ def _forward(x: Tensor, base: Tensor, down: Tensor, mix: Tensor, up: Tensor, cu_
 
 @_forward.register_fake
 def _(x: Tensor, base: Tensor, down: Tensor, mix: Tensor, up: Tensor, cu_seqlens: Tensor | None) -> Six:
-    from zoo.kernels.ddlerp import width
-
     w, k, v, r, g = (x.new_empty(x.shape) for _ in range(5))
-    return x.new_empty(x.shape[0], x.shape[1], 5, width(up.shape[1])), w, k, v, r, g
+    return x.new_empty(x.shape[0], x.shape[1], down.shape[1]), w, k, v, r, g
 
 
 @operator("zoo::ddlerp_backward")
@@ -39,9 +37,8 @@ def _backward(dy: list[Tensor], x: Tensor, base: Tensor, down: Tensor, mix: Tens
               cu_seqlens: Tensor | None) -> Five:
     """-> gradients of x, base, down, mix, up.
 
-    Beside these: five tensors like x, two of 5 R numbers a token (D > 256: one in float32 for every 256 channels, in
-    float32 for every 128);
-    in float32 those of down, up and mix as often as programs fill the GPU, and base's for every 31 tokens.
+    Beside these: six tensors like x, two of 5 R numbers a token, one of them for each block of channels (256, float32:
+    128); in float32 the gradients of down, up and mix as often as programs fill the GPU, base's for every 31 tokens.
     """
     from zoo.kernels.ddlerp import backward
 

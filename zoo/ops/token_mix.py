@@ -35,11 +35,12 @@ def token_mix(x: Tensor, mix: Tensor, *, previous: Tensor | None = None,
               cu_seqlens: Tensor | None = None) -> tuple[Tensor, ...]:
     """x [B, T, D], mix [Z, D] -> Z mixtures [B, T, D]; previous and cu_seqlens as of `token_shift`.
 
-    Kernels take Z to 5 and no `previous` (others, under any backend, are eager); they compute in float32, and read and
-    write x's dtype, or autocast's.
+    x is read in autocast's dtype where that is on. Kernels take Z to 5 and no `previous` (others, under any backend,
+    are eager); they compute in float32.
     """
-    if previous is None and len(mix) <= 5 and KERNEL.chosen(narrow := _narrow(x), x.shape[-1]):
-        return token_mix_triton(narrow, mix, cu_seqlens)
+    x = _narrow(x)
+    if previous is None and len(mix) <= 5 and KERNEL.chosen(x, x.shape[-1]):
+        return token_mix_triton(x, mix, cu_seqlens)
     delta = token_shift(x, previous, cu_seqlens) - x
     return tuple(torch.addcmul(x, delta, each) for each in mix.unbind(0))
 
@@ -50,9 +51,10 @@ def ddlerp(x: Tensor, base: Tensor, down: Tensor, mix: Tensor, up: Tensor, *, pr
 
     Kernels take Z = 5, R to 64 and no `previous`: others, under any backend, are eager.
     """
+    x = _narrow(x)
     fits = previous is None and len(mix) == 5 and up.shape[1] <= 64
-    if fits and DDLERP.chosen(narrow := _narrow(x), x.shape[-1], up.shape[1]):
-        return ddlerp_triton(narrow, base, down, mix, up, cu_seqlens)
+    if fits and DDLERP.chosen(x, x.shape[-1], up.shape[1]):
+        return ddlerp_triton(x, base, down, mix, up, cu_seqlens)
     delta = token_shift(x, previous, cu_seqlens) - x
     low = torch.tanh(torch.addcmul(x, delta, base) @ down).view(-1, *up.shape[:2])
     weights = torch.baddbmm(mix.unsqueeze(1), low.transpose(0, 1), up).view(-1, *x.shape)

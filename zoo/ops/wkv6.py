@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from zoo.ops.documents import document_slices
 from zoo.ops.untraced import untraced
-from zoo.ops.wkv6_triton import KERNEL, wkv6_triton
+from zoo.ops.wkv6_triton import KERNEL, OF, wkv6_triton
 
 
 def wkv6(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, initial_state: Tensor | None = None,
@@ -63,7 +63,7 @@ def wkv6_of(r: Tensor, k: Tensor, v: Tensor, d: Tensor, base: Tensor, u: Tensor,
     The sum and its exponential are float32 (float64 if given that), in the kernels' registers: d is read as it comes.
     With r, k, v of bf16 the kernels round the log decay to bf16, 2^-9 of itself (as wkv6 of a bf16 log_decay has it).
     """
-    if KERNEL.chosen(r, r.shape[-1], v.shape[-1]):
+    if OF.chosen(r, r.shape[-1], v.shape[-1]):
         return wkv6_triton(r, k, v, d, u, initial_state, cu_seqlens, base)
     d = base + d
     return wkv6(r, k, v, -torch.exp(d.to(torch.promote_types(d.dtype, torch.float32))), u, initial_state, cu_seqlens)

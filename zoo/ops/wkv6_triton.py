@@ -125,12 +125,13 @@ def _backward_flops(r: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: 
     return 2 * _forward_flops(r, k, v)
 
 
-def _self_test(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> float:
+def _self_test(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], of: bool = False) -> float:
     """Chunks of several kinds, some too steep for factors, the last ragged, states both ways, against float64.
 
-    Rows are long enough to be cut into segments, so that the first use compiles all that any length wants.
+    Rows are long enough to be cut into segments, so that the first use compiles all that any length wants. of: of d and
+    a base instead of log decays, which are other builds.
     """
-    from zoo.ops.wkv6 import wkv6
+    from zoo.ops.wkv6 import wkv6, wkv6_of
 
     K, V = sizes
     generator = torch.Generator().manual_seed(0)
@@ -139,18 +140,19 @@ def _self_test(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...])
         return torch.randn(*shape, generator=generator).to(device)
 
     B, T, H = 2, 777, 2
-    log_decay = -torch.exp(randn(B, T, H, K) - 2)
-    log_decay[:, 40:43] *= 400
+    d, base = randn(B, T, H, K), -2 - randn(H, K).abs()
+    d[:, 40:43] += 6
+    log_decay = d.to(dtype) if of else -torch.exp(base + d)
     r, k, v = (randn(B, T, H, size).to(dtype) for size in (K, K, V))
     k[0, 20] *= 10
-    given = [r, k, v, log_decay, randn(H, K), randn(B, H, K, V)]
+    given = [r, k, v, log_decay, *([base] if of else []), randn(H, K), randn(B, H, K, V)]
     cotangents = randn(B, T, H, V).to(dtype), randn(B, H, K, V)
     leaves = [x.detach().requires_grad_() for x in given]
-    y, final, *_ = _forward(*leaves, None, True)
+    y, final, *_ = _forward(*leaves[:4], *leaves[-2:], None, True, leaves[4] if of else None)
     ours = [y, final, *torch.autograd.grad((y, final), leaves, cotangents)]
     wide = [x.detach().double().requires_grad_() for x in given]
     with use_backend("eager"):
-        exact = list(wkv6(*wide))
+        exact = list((wkv6_of if of else wkv6)(*wide))
         exact += torch.autograd.grad(exact, wide, [x.double() for x in cotangents])
     allowed = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype]
     errors = [float((a.detach().double() - b.detach()).norm() / b.detach().norm()) / allowed
@@ -158,4 +160,9 @@ def _self_test(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...])
     return max(error if error == error else float("inf") for error in errors)
 
 
+def _self_test_of(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> float:
+    return _self_test(device, dtype, sizes, of=True)
+
+
 KERNEL = Kernel("wkv6", _self_test, sources=("wkv6_parts",))
+OF = Kernel("wkv6_of", _self_test_of, sources=("wkv6_parts",), file="wkv6")
