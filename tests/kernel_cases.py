@@ -38,6 +38,23 @@ def nan_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Names of the kernels that are specialised anew within the block, by this process."""
+    import triton
+
+    seen: list[str] = []
+
+    def count(*arguments: object, **facts: object) -> None:
+        seen.append(str(facts.get("repr")))
+
+    before, triton.knobs.runtime.jit_cache_hook = triton.knobs.runtime.jit_cache_hook, count
+    try:
+        yield seen
+    finally:
+        triton.knobs.runtime.jit_cache_hook = before
+
+
 def outputs_and_gradients(function: Function, inputs: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
     """function(**inputs) under random cotangents: "0", "1", ... for its outputs, "d<name>" for floating inputs."""
     leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}

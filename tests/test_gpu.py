@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from cases import Case, listed, tiny
+from kernel_cases import compilations
 from test_models import PACKED, borders, tokens_of
 from torch import Tensor
 from training_runs import ROOT, config, train, write_corpus
@@ -162,23 +161,6 @@ def forget_builds() -> None:
         for kernel in vars(sys.modules[name]).values():
             if isinstance(kernel, JITFunction):
                 kernel.device_caches.clear()
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """Names of the kernels that are specialised anew within the block, by this process."""
-    import triton
-
-    seen: list[str] = []
-
-    def count(*arguments: object, **facts: object) -> None:
-        seen.append(str(facts.get("repr")))
-
-    before, triton.knobs.runtime.jit_cache_hook = triton.knobs.runtime.jit_cache_hook, count
-    try:
-        yield seen
-    finally:
-        triton.knobs.runtime.jit_cache_hook = before
 
 
 @CASES

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import collections
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from training_runs import config, train, write_corpus
+from training_runs import config, poison_a_weight, train, write_corpus
 
 import zoo
 from zoo.errors import ZooError
@@ -128,15 +127,8 @@ def test_compiled_is_close_to_plain(model: str, tmp_path: Path) -> None:
 
 
 def test_a_recorded_step_that_is_not_finite_reaches_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    corpus, original = write_corpus(tmp_path), LanguageModel.set_step
-
-    def poison(self: LanguageModel, step: int) -> None:
-        original(self, step)
-        if step == 5:
-            with torch.no_grad():
-                self.blocks[1].channel_mixer.down.weight[3, 5] = math.inf
-
-    monkeypatch.setattr(LanguageModel, "set_step", poison)
+    corpus = write_corpus(tmp_path)
+    poison_a_weight(monkeypatch)
     with pytest.raises(ZooError, match=r"step 6: .*blocks\.1\.channel_mixer\.down; the last checkpoint is kept"):
         train(config(corpus, tmp_path / "run", log_every=50, **GPU))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-00000004.ckpt"]

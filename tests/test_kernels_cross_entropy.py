@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from held_memory import Held
 from kernel_cases import DTYPES, check_against_float64, interpreted, nan_memory, relative_error
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.errors import ZooError
@@ -296,32 +292,6 @@ def test_few_logits_take_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(graphs) == 1
     assert any("cross_entropy" in name for name in graphs[0])
     assert not any("zoo" in name for name in graphs[0])
-
-
-class Held(TorchDispatchMode):
-    """Counts the bytes of the tensors made inside of it, and inside of the zoo's ops: the most alive at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function.namespace == "zoo":  # past the mode, which would be asked again, and with it inside
-            with self:
-                found = function.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
-        else:
-            found = function(*args, **kwargs)
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves(args) if isinstance(x, Tensor)}
-        for x in tree_leaves(found):
-            if isinstance(x, Tensor) and (place := x.untyped_storage().data_ptr()) not in given | self.alive.keys():
-                self.alive[place] = x.untyped_storage().nbytes()
-                weakref.finalize(x.untyped_storage(), self.alive.pop, place)
-        if sum(self.alive.values()) > self.peak:
-            gc.collect()  # the interpreter leaves a kernel's arguments in cycles
-            self.peak = max(self.peak, sum(self.alive.values()))
-        return found
 
 
 @interpreted

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import DTYPES, LENGTHS, SHORT_LENGTHS, check_against_float64, interpreted, outputs_and_gradients
+from kernel_cases import (
+    DTYPES,
+    LENGTHS,
+    SHORT_LENGTHS,
+    check_against_float64,
+    compilations,
+    interpreted,
+    outputs_and_gradients,
+)
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -266,9 +274,7 @@ def test_the_self_tests_pass(dtype: torch.dtype, sizes: tuple[int, int]) -> None
 
 
 @pytest.mark.gpu
-def test_other_lengths_and_documents_build_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    import triton
-
+def test_other_lengths_and_documents_build_nothing() -> None:
     def step(B: int, T: int, *borders: int) -> None:
         for R in (0, 16):
             given = packed(T, *borders, D=256, R=R) if borders else inputs(T, 256, R, B=B)
@@ -276,10 +282,9 @@ def test_other_lengths_and_documents_build_nothing(monkeypatch: pytest.MonkeyPat
 
     with use_backend("triton"):
         step(2, 1000)
-        seen: list[str] = []
-        monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda *_, **facts: seen.append(facts["repr"]))
-        for case in ((1, 1), (2, 40), (1, 4096), (1, 100, 3, 3), (1, 2000, 1500)):
-            step(*case)
+        with compilations() as seen:
+            for case in ((1, 1), (2, 40), (1, 4096), (1, 100, 3, 3), (1, 2000, 1500)):
+                step(*case)
     assert not seen, seen
 
 

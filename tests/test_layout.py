@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from unimportable import run_without
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*(ROOT / "zoo").rglob("*.py"), ROOT / "train.py"])
@@ -53,15 +52,10 @@ def test_data_needs_no_torch() -> None:
 
 def test_models_need_neither_lightning_nor_hydra_nor_triton() -> None:
     """import zoo and run a model with these packages made unimportable."""
-    code = f"""
-import sys
-for name in {FREE_OF!r}:
-    sys.modules[name] = None
+    run_without(FREE_OF, """
 import torch, zoo
 for name in zoo.list_models():
     model = zoo.create_model(name, size="nano", seq_len=64)
     logits, state = model.extend(torch.ones(1, 3, dtype=torch.int64), model.init_state())
     assert logits.shape == (1, 3, 256), name
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+""")

@@ -7,8 +7,6 @@ import json
 import pickle
 import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from cases import Case, listed, tiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from unimportable import run_without
 
 import zoo
 from zoo import ZooError
@@ -287,16 +286,13 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
 
 def test_loading_needs_no_training_library(folder: Path) -> None:
     """Loading and sampling with these packages made unimportable, and every socket refused."""
-    code = f"""
-import socket, sys
-for name in "lightning", "pytorch_lightning", "hydra", "omegaconf", "datasets", "wandb", "triton", "typer", "rich":
-    sys.modules[name] = None
+    training = "lightning", "pytorch_lightning", "hydra", "omegaconf", "datasets", "wandb", "triton", "typer", "rich"
+    run_without(training, f"""
+import socket
 def refuse(*args, **kwargs): raise AssertionError("a socket was opened")
 socket.socket.connect = refuse
 import zoo
 model = zoo.load_pretrained({str(folder)!r})
 assert len(zoo.generate(model, "ab", max_tokens=5, temperature=0)) <= 5
 print(zoo.list_pretrained())
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+""")

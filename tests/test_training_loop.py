@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from training_runs import config, same, train, weights, write_corpus
+from training_runs import config, poison_a_weight, same, train, weights, write_corpus
 
 import zoo
 from zoo.data.load import load_data
@@ -319,15 +319,7 @@ def test_profile_writes_a_table_and_a_trace(corpus: Path, tmp_path: Path) -> Non
 
 def test_a_loss_that_is_not_finite_names_layer_and_step(corpus: Path, tmp_path: Path,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    original = LanguageModel.set_step
-
-    def poison(self: LanguageModel, step: int) -> None:
-        original(self, step)
-        if step == 5:
-            with torch.no_grad():
-                self.blocks[1].channel_mixer.down.weight[3, 5] = math.inf
-
-    monkeypatch.setattr(LanguageModel, "set_step", poison)
+    poison_a_weight(monkeypatch)
     where = r"step 6: .*blocks\.1\.channel_mixer\.down; the last checkpoint is kept"
     with pytest.raises(ZooError, match=where) as caught:
         train(config(corpus, tmp_path / "run", save_every=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import random
 import subprocess
@@ -10,8 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from zoo.model import LanguageModel
 from zoo.training import checkpoint
 from zoo.training.run import train
 
@@ -47,6 +50,19 @@ def config(corpus: Path, out: Path, **changes: Any) -> dict[str, Any]:
             place = place.setdefault(group, {})
         place[last] = value
     return copy.deepcopy(values)
+
+
+def poison_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From step 5 on, a weight of block 1's channel mixer is infinite."""
+    original = LanguageModel.set_step
+
+    def set_step(self: LanguageModel, step: int) -> None:
+        original(self, step)
+        if step == 5:
+            with torch.no_grad():
+                self.blocks[1].channel_mixer.down.weight[3, 5] = math.inf
+
+    monkeypatch.setattr(LanguageModel, "set_step", set_step)
 
 
 def weights(out: Path, step: int) -> dict[str, Any]:
