@@ -303,8 +303,9 @@ def test_rows_that_are_logged_a_step_later_are_the_same(log_every: int, corpus: 
     assert ((5, 5) in logged) == (log_every == 1)  # where the first run stopped
 
 
-def test_profile_writes_a_table_and_a_trace(corpus: Path, tmp_path: Path) -> None:
-    train(config(corpus, tmp_path / "run", debug__profile=2, steps=6, sample_tokens=0))
+@pytest.mark.parametrize(("steps", "stop_at"), [(2, None), (9, 5)])  # of 9 asked for, 2 until it stops
+def test_profile_writes_a_table_and_a_trace(steps: int, stop_at: int | None, corpus: Path, tmp_path: Path) -> None:
+    train(config(corpus, tmp_path / "run", debug__profile=steps, steps=6, sample_tokens=0), stop_at=stop_at)
     table = (tmp_path / "run" / "profile.txt").read_text()
     assert "aten::" in table
     assert "Self CPU" in table

@@ -1,7 +1,7 @@
 """Training speed of the architectures side by side: a bare loop of forward, backward, clipping and AdamW.
 
-On a GPU each side is compiled whole and its passes are replayed as a CUDA graph: the zoo's by the functions that
-training calls, the peers' in the same way.
+On a GPU each side is compiled, the zoo's in pieces as training does it and the peers' whole, and the passes of both are
+replayed as a CUDA graph by what training uses.
 """
 
 from __future__ import annotations

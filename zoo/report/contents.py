@@ -8,13 +8,12 @@ from itertools import pairwise
 
 from zoo.report.document import Block, Bullets, Chart, Folded, Section, Table
 from zoo.report.protocol import equal_in_all
-from zoo.report.ranking import REFERENCE, Entry, Spread, at_cost, by_position, curve
+from zoo.report.ranking import REFERENCE, Colours, Entry, Spread, at_cost, by_position, curve
 from zoo.report.runs import Point, Refusal, Run
 from zoo.report.svg import Axis, Series, dot_chart, line_chart
 from zoo.report.words import bits, context_of, large, memory, quoted, spread
 from zoo.training.progress import count, duration
 
-Colours = Mapping[str, int]
 BITS = "bits per byte"
 # What a run spends: by name, how much of it by a validation, and a value in words.
 COSTS: dict[str, tuple[Callable[[Run, Point], float], Callable[[float], str]]] = {

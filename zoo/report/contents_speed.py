@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from zoo.catalogue import state_bytes_of
 from zoo.report.document import Block, Bullets, Chart, Folded, Section, Table
-from zoo.report.ranking import REFERENCE, Entry
+from zoo.report.ranking import REFERENCE, Colours, Entry
 from zoo.report.speed import OURS, Curve, Row, crossing, curves, side_name, verdicts
 from zoo.report.svg import Axis, Series, line_chart
 from zoo.report.words import context_of, memory
 from zoo.training.progress import count
 
-Colours = Mapping[str, int]
 Who = tuple[str, str]
 STATES = tuple(2 ** power for power in range(7, 17))  # contexts of the state's table: 128 to 64k
 

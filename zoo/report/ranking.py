@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from zoo.report.runs import Point, Run
 
 REFERENCE = "transformer"  # what the others are compared with, where it is among them
+Colours = Mapping[str, int]
+"""An architecture's label -> its place in the palette, the same on every chart."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Tables of `zoo bench train` and `zoo bench decode`: rows into curves, and where one curve crosses another."""
+"""Tables of `zoo bench train`, and of decoding: rows into curves, and where one curve crosses another."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def compose(entries: Sequence[Entry], runs: Sequence[Run], refused: Sequence[Ref
     ours = {str(row["model"]) for row in [*(train or ()), *(decode or ())] if row["impl"] == OURS}
     names = sorted({entry.label for entry in entries} | ours)
     colours = {name: number for number, name in enumerate(names)}
-    labels = {run.name: label for label, mine in labelled(runs).items() for run in mine}
+    labels = _labels(runs)
     findings = contents.short(entries)
     for what, axis, rows in (("Training", "T", train), ("Decoding", "context", decode)):
         if rows and (said := contents_speed.crossovers(rows, axis)):
@@ -85,9 +85,14 @@ def compose(entries: Sequence[Entry], runs: Sequence[Run], refused: Sequence[Ref
     ])
 
 
+def _labels(runs: Sequence[Run]) -> dict[str, str]:
+    """A run's name -> the label of its architecture."""
+    return {run.name: label for label, mine in labelled(runs).items() for run in mine}
+
+
 def to_csv(entries: Sequence[Entry], runs: Sequence[Run], refused: Sequence[Refusal]) -> str:
     """A line a run, `COLUMNS`; the best first, refused ones last. What is not known is an empty field."""
-    labels = {run.name: label for label, mine in labelled(runs).items() for run in mine}
+    labels = _labels(runs)
     places = {entry.label: place for place, entry in enumerate(entries, 1)}
     best = {run.name for entry in entries for run in entry.runs}
     lines: list[Sequence[object]] = [

@@ -42,7 +42,6 @@ def begin(config: Mapping[str, Any]) -> None:
     end()
     _process = subprocess.Popen([sys.executable, "-c", ALONE, json.dumps([sys.path, config])],
                                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    atexit.register(end)
 
 
 def wait() -> None:
@@ -54,6 +53,7 @@ def wait() -> None:
             end()
 
 
+@atexit.register
 def end() -> None:
     """Of the processes, where they still run."""
     if _process is not None:

@@ -48,7 +48,7 @@ class TrainingModule(LightningModule):
         self.batch_of = batch_of
         self.schedule = config.lr_schedule()
         self.peak_rates: list[float] = []
-        self.loss = self.grad_norm = torch.zeros(())  # of the last step; read by the monitor only when it shows them
+        self.loss = self.grad_norm = torch.zeros(())  # of the last step, on its device
         self.lr = 0.0
         self.look_later = config.trainer.accelerator == "gpu"
         self.unchecked: tuple[int, Tensor, torch.cuda.Event | None] | None = None

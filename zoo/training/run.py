@@ -88,7 +88,7 @@ def _fit(run: Config, out: Path, place: Place, data: TokenData, batches: TokenDa
     if stop_at is not None:
         callbacks.append(StopAt(stop_at))
     if run.debug.profile:
-        callbacks.append(Profile(run.debug.profile, run.steps, out))
+        callbacks.append(Profile(run.debug.profile, stop_at or run.steps, out))
     loggers = make_loggers(run.logger, out, step, about.get("id", ""), run.to_dict()) if place.rank == 0 else []
     trainer = make_trainer(run, place, out, callbacks, loggers)
     if place.world_size > 1:
