@@ -1,4 +1,4 @@
-"""Small layers that several mixers share: rotary positions, the token shift, the SwiGLU MLP, initialisation."""
+"""Small layers that several mixers share: rotary positions, caches, the SwiGLU MLP, initialisation."""
 
 from __future__ import annotations
 
