@@ -196,7 +196,7 @@ def test_compiling_beforehand_is_bounded() -> None:
     assert list(unfinished) == work
     assert "it took longer than 0 s; what it has compiled is kept" in unfinished[work[0]]
     assert "it had not begun within 0 s" in unfinished[work[1]]
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 2
     assert ops_prepare.compile_all([], CPU, workers=2, limit=1) == {}
 
 

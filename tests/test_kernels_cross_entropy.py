@@ -318,11 +318,7 @@ def test_memory_is_within_the_formula_by_count(N: int, D: int, V: int, reduction
     (32768, 768, 640, torch.bfloat16)])
 def test_memory_is_within_the_formula(N: int, D: int, V: int, dtype: torch.dtype, reduction: str,
                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asked for is; what the allocator hands out is 1 MiB more at most for each large tensor.
-
-    It leaves up to that much of a block with the tensor that took the rest of it. At most five large ones stand side
-    by side: gradients, a piece of logits, columns of x, a copy of the weights.
-    """
+    """What is asked for is; what the allocator hands out, which rounds, is about 1 MiB more at most in all."""
     monkeypatch.undo()
     x = torch.randn(N, D, device="cuda", dtype=dtype, requires_grad=True)
     weight = torch.randn(V, D, device="cuda", dtype=dtype, requires_grad=True)
@@ -339,7 +335,7 @@ def test_memory_is_within_the_formula(N: int, D: int, V: int, dtype: torch.dtype
                     for what in ("requested", "allocated"))
     bound = cross_entropy_triton.memory(N, D, V, x.element_size(), reduction == "mean")
     assert asked <= bound
-    assert taken <= bound + 5 * 2**20
+    assert taken <= bound + 32 * N + 2**20
 
 
 @pytest.mark.gpu

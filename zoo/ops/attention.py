@@ -23,6 +23,7 @@ from zoo.ops.attention_triton import (
     rotary_on_triton,
     same_dtype,
 )
+from zoo.ops.autocast import autocast
 from zoo.ops.documents import document_slices
 from zoo.ops.rotary import turn
 from zoo.ops.untraced import untraced
@@ -41,7 +42,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None 
     memory, float32 sums. The chunked algorithm of 2112.05682 in matrix products came out 1.1 (T=256) to 1.3 (T=1024)
     times slower, forward and backward on two cores.
     """
-    q, k, v = same_dtype(*(_autocast(x) for x in (q, k, v)))
+    q, k, v = same_dtype(*(autocast(x) for x in (q, k, v)))
     if causal_kernel.chosen(q, q.shape[-1]):
         return causal_on_triton(q, k, v, cu_seqlens)
     if cu_seqlens is not None:
@@ -49,13 +50,6 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None 
     grouped = k.shape[2] != q.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """x in the dtype of autocast where it is on; float64 stays."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
 
 
 def rotary_attention(qkv: Tensor, table: Tensor, heads: int, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -72,7 +66,7 @@ def rotary_attention(qkv: Tensor, table: Tensor, heads: int, cu_seqlens: Tensor 
         raise ZooError(f"qkv {list(qkv.shape)} with heads={heads}; allowed: [B, T, heads + 2 G, K], G divides heads")
     if table.shape != (qkv.shape[1], 2, qkv.shape[3] // 2):
         raise ZooError(f"phases {list(table.shape)}; allowed: {[qkv.shape[1], 2, qkv.shape[3] // 2]}")
-    qkv = _autocast(qkv)
+    qkv = autocast(qkv)
     if rotary_kernel.chosen(qkv, qkv.shape[-1]):
         return rotary_on_triton(qkv, table, heads, cu_seqlens)
     q, k, v = qkv.split([heads, keys // 2, keys // 2], dim=2)

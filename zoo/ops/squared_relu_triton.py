@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.errors import ZooError
 from zoo.ops.backend import Kernel
 from zoo.ops.operator import operator
-from zoo.ops.token_mix_triton import largest_error
+from zoo.ops.token_mix_triton import check_shapes, largest_error
 
 
 @operator("zoo::squared_relu")
@@ -74,9 +73,7 @@ def _backward_flops(dy: torch.Size, x: torch.Size, inner: torch.Size, *_: Any, *
 def squared_relu_triton(x: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
     """squared_relu by the kernel."""
     D = x.shape[-1]
-    for name, given, shape in (("inner", inner, (inner.shape[0], D)), ("outer", outer, (D, inner.shape[0]))):
-        if tuple(given.shape) != shape:
-            raise ZooError(f"{name} is {list(given.shape)}; allowed beside x {list(x.shape)}: {list(shape)}")
+    check_shapes(x, {"inner": (inner, (inner.shape[0], D)), "outer": (outer, (D, inner.shape[0]))})
     return _forward(x.reshape(-1, D).contiguous(), inner.contiguous(), outer.contiguous())[0].view(x.shape)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.ops.autocast import autocast
 from zoo.ops.ddlerp_triton import KERNEL as DDLERP
 from zoo.ops.ddlerp_triton import ddlerp_triton
 from zoo.ops.token_mix_triton import KERNEL, token_mix_triton
@@ -38,7 +39,7 @@ def token_mix(x: Tensor, mix: Tensor, *, previous: Tensor | None = None,
     x is read in autocast's dtype where that is on. Kernels take Z to 5 and no `previous` (others, under any backend,
     are eager); they compute in float32.
     """
-    x = _narrow(x)
+    x = autocast(x)
     if previous is None and len(mix) <= 5 and KERNEL.chosen(x, x.shape[-1]):
         return token_mix_triton(x, mix, cu_seqlens)
     delta = token_shift(x, previous, cu_seqlens) - x
@@ -51,7 +52,7 @@ def ddlerp(x: Tensor, base: Tensor, down: Tensor, mix: Tensor, up: Tensor, *, pr
 
     Kernels take Z = 5, R to 64 and no `previous`: others, under any backend, are eager.
     """
-    x = _narrow(x)
+    x = autocast(x)
     fits = previous is None and len(mix) == 5 and up.shape[1] <= 64
     if fits and DDLERP.chosen(x, x.shape[-1], up.shape[1]):
         return ddlerp_triton(x, base, down, mix, up, cu_seqlens)
@@ -59,10 +60,3 @@ def ddlerp(x: Tensor, base: Tensor, down: Tensor, mix: Tensor, up: Tensor, *, pr
     low = torch.tanh(torch.addcmul(x, delta, base) @ down).view(-1, *up.shape[:2])
     weights = torch.baddbmm(mix.unsqueeze(1), low.transpose(0, 1), up).view(-1, *x.shape)
     return tuple(torch.addcmul(x, delta, each) for each in weights.unbind(0))
-
-
-def _narrow(x: Tensor) -> Tensor:
-    """x in the dtype of autocast where it is on; float64 stays."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
