@@ -70,6 +70,12 @@ def test_widths(K: int) -> None:
 
 
 @interpreted
+def test_two_channels_in_two_segments() -> None:
+    """The widest tile there is would take a token of the next segment's, and its part of dw and db twice."""
+    check(inputs(600, 2, B=1))
+
+
+@interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1e-3, 100.0])
 def test_scales(dtype: torch.dtype, scale: float) -> None:

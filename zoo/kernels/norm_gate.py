@@ -87,9 +87,9 @@ SEGMENT = 512  # tokens whose part of the parameters' gradients one program adds
 
 
 def tile(K: int) -> dict:
-    """The compile-time numbers and options of a launch."""
+    """The compile-time numbers and options of a launch. No tile is longer than a segment, whose end cuts none short."""
     BK = power_of_two(K)
-    return {"BT": max(1, TILE // BK), "BK": BK, "num_warps": 4}
+    return {"BT": max(1, min(SEGMENT, TILE // BK)), "BK": BK, "num_warps": 4}
 
 
 def forward(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
