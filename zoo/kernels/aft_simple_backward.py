@@ -60,8 +60,16 @@ def fall_to(m1, a1, b1, c1, m2, a2, b2, c2):
 
 @triton.jit
 def mean_of(n, d):
-    """Of sums before a chunk, 0 where nothing is before it."""
-    return n * inverse(tl.where(d > 0, d, 1.0))
+    """Of sums before a chunk, 0 where nothing is before it.
+
+    Rounded before anything else is done with it: of c - n share the compiler would make one multiply-add, and the sums
+    would be moved by another number than the c that is kept.
+    """
+    share = inverse(tl.where(d > 0, d, 1.0))
+    if INTERPRETED:  # which has no multiply-add
+        return n * share
+    else:
+        return tl.fma(n, share, 0.0)
 
 
 @triton.jit
