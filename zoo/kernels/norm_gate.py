@@ -87,7 +87,7 @@ SEGMENT = 512  # tokens whose part of the parameters' gradients one program adds
 
 
 def tile(K: int) -> dict:
-    """The compile-time numbers and options of a launch. No tile is longer than a segment, whose end cuts none short."""
+    """The compile-time numbers and options of a launch. No tile is longer than a segment, as its end masks nothing."""
     BK = power_of_two(K)
     return {"BT": max(1, min(SEGMENT, TILE // BK)), "BK": BK, "num_warps": 4}
 
