@@ -54,9 +54,11 @@ def job(composed: DictConfig) -> dict[str, Any]:
                 print(f"finished before: {config['out']}", flush=True)
                 return result
             from zoo.training import ahead
+            from zoo.training.optional import hidden
 
             ahead.begin(config)
-            from zoo.training.run import train  # Lightning: seconds that a wrong option need not cost
+            with hidden():
+                from zoo.training.run import train  # Lightning: seconds that a wrong option need not cost
 
             return train(config)
         except ZooError as error:
