@@ -1,6 +1,7 @@
 """The public corpora: the real loading code on small local copies in their published layouts, without a network."""
 
 import hashlib
+import json
 import re
 import socket
 import sys
@@ -14,7 +15,7 @@ from documents import by_split
 
 from zoo.data import load_data, sources_hub
 from zoo.data.sources import InterruptedReadError
-from zoo.data.sources_hub import Enwik8, FineWebEdu, TinyStories, WikiText103, load_rows
+from zoo.data.sources_hub import Enwik8, FineWebEdu, Lambada, TinyStories, WikiText2, WikiText103, load_rows
 from zoo.errors import ZooError
 
 
@@ -86,6 +87,42 @@ def test_wikitext103_documents_are_articles(tmp_path):
     assert texts["train"] == ["".join(lines[:10]).encode(), "".join(lines[10:]).encode()]
     assert texts["validation"] == ["".join(lines[9:]).encode()]
     assert texts["test"] == [b" \n = Only = \n one . \n"]
+
+
+def test_wikitext2_is_the_small_one_of_the_same_repository(tmp_path):
+    files = {f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet": WIKI for split in ("train", "validation", "test")}
+    path = write(tmp_path, {"wikitext-103-raw-v1/test-00000-of-00001.parquet": ["another corpus"], **files})
+    texts = by_split(WikiText2(path, cache=tmp_path / "cache"))
+    assert texts["test"] == texts["train"] == by_split(WikiText2(path, cache=tmp_path))["validation"]
+    assert b"".join(texts["test"]).decode() == "".join(row or " \n" for row in WIKI)
+    assert WikiText2(cache=tmp_path).identity() != WikiText103(cache=tmp_path).identity()
+
+
+def test_lambada_is_for_testing_alone(tmp_path):
+    passages = ["she put down the é pen", "where is he ? asked the captain", ""]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "lambada_test.jsonl").write_text(
+        "".join(json.dumps({"text": passage}) + "\n" for passage in passages))
+    source = Lambada(str(tmp_path), cache=tmp_path / "cache")
+    assert by_split(source)["test"] == [passage.encode() for passage in passages[:2]]
+    data = load_data({"data": {"name": "lambada", "path": str(tmp_path), "cache": str(tmp_path / "cache")},
+                      "tokenizer": {"name": "bytes"}})
+    assert (data.bytes["train"], len(data.train), data.bytes["test"]) == (0, 0, 54)
+    assert bytes(data.test).split(b"\0")[1:] == [passage.encode() for passage in passages[:2]]
+
+
+def test_where_a_download_would_come_from(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sources_hub, "load_rows", lambda *given, **options: asked.append((given, options)) or iter(()))
+    for source in (Lambada(cache=tmp_path), WikiText2(cache=tmp_path)):
+        list(source.rows("test"))
+    (lambada, options), (wikitext, _) = asked
+    assert lambada == ("lambada", "json",
+                       "hf://datasets/EleutherAI/lambada_openai@d28e11e11bebdeb93b75d632656ef68423adca9d"
+                       "/data/lambada_test.jsonl")
+    assert not options["local"]
+    assert wikitext[1:] == ("parquet", "hf://datasets/Salesforce/wikitext@b08601e04326c79dfdd32d625aee71d232d685c3"
+                                       "/wikitext-2-raw-v1/test-*.parquet")
 
 
 def test_tinystories_test_is_held_out_by_hash(tmp_path):

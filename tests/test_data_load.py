@@ -101,7 +101,7 @@ def test_progress_reaches_the_total(config):
 
 
 @pytest.mark.parametrize(("group", "change", "message"), [
-    ("data", {"name": "wiki"}, "unknown data 'wiki'; allowed: enwik8, fineweb_edu, novels, stdlib, text"),
+    ("data", {"name": "wiki"}, "unknown data 'wiki'; allowed: enwik8, fineweb_edu, lambada, novels, stdlib, text"),
     ("data", {"name": None}, "unknown data None"),
     ("data", {"filed": "x"}, "unknown option of data=text 'filed'; allowed: cache, field, path"),
     ("data", {"path": 2024}, r"data\.path=2024 is not text; allowed: text, a number as \./2024"),

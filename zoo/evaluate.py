@@ -1,13 +1,22 @@
-"""What a model makes of a text: bits per byte over every byte once, perplexity, and the loss by position."""
+"""What a model makes of a text: bits per byte over every byte once, perplexity, and the loss by position.
+
+Three ways to read it. Windows that follow each other without overlap are what training and the comparison use: a byte
+at the beginning of its window is predicted from little. Windows that overlap (a stride) give every byte but the first
+ones a context of some length, for as many times the work. Carried state reads each document from its beginning to its
+end in one go, as decoding does: every byte is predicted from all of its document before it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.data.cache import TokenData
@@ -17,6 +26,9 @@ from zoo.model import LanguageModel
 
 BINS = 64  # of positions, at most
 AT_ONCE = {"cpu": 4096, "cuda": 65536}  # tokens that go through the model together, if it is not said how many
+PIECE = 1024  # tokens of a document that are read at a time, with its state carried on to the next
+Progress = Callable[[int, int], object]
+"""Called with the tokens read so far, and how many there are to read."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +60,20 @@ class Tally:
         self.nats = torch.zeros(seq_len, dtype=torch.float64, device=device)
         self.targets = torch.zeros(seq_len, dtype=torch.int64, device=device)
 
-    def add(self, nats: Tensor, targets: Tensor) -> None:
-        """nats [B, T], 0 where targets [B, T] are -100."""
-        self.nats += nats.double().sum(0)
-        self.targets += (targets != IGNORE).sum(0)
+    def add(self, nats: Tensor, targets: Tensor, start: int = 0) -> None:
+        """nats [B, T], 0 where targets [B, T] are -100; `start`: tokens before the first of them, in every row."""
+        at = slice(start, start + nats.shape[1])
+        self.nats[at] += nats.double().sum(0)
+        self.targets[at] += (targets != IGNORE).sum(0)
 
     def reduce(self, sum_up: Callable[[Tensor], Tensor]) -> None:
         """Sum over the processes that each saw a share of the windows."""
         self.nats, self.targets = sum_up(self.nats), sum_up(self.targets)
 
-    def result(self, text_bytes: int) -> Evaluation:
-        """What the sums say of a text of so many bytes."""
+    def result(self, text_bytes: int, upto: Sequence[int] | None = None) -> Evaluation:
+        """What the sums say of a text of so many bytes. upto: the bins' upper ends, `position_bins` if None."""
         nats, targets = self.nats.cpu(), self.targets.cpu()
-        upto = position_bins(len(nats))
+        upto = position_bins(len(nats)) if upto is None else upto
         sizes = [after - before for before, after in pairwise((0, *upto))]
         parts = zip(upto, nats.split(sizes), targets.split(sizes), strict=True)
         means = {edge: float(part.sum() / seen.sum()) for edge, part, seen in parts if seen.any()}
@@ -94,15 +107,99 @@ def evaluate(model: LanguageModel, data: TokenData, split: str = "validation", s
             raise ZooError(f"windows={windows} is not allowed: 1 to {count}, as many as the {split} split has")
         tokens = tokens[:windows * length + 1]
         text_bytes = len(data.tokenizer.to_bytes(tokens[1:]))
-    device, training = model.head.weight.device, model.training
-    rows = max(1, AT_ONCE.get(device.type, AT_ONCE["cpu"]) // length) if rows is None else rows
-    tally = Tally(length, device)
+    batch_tokens = None if rows is None else rows * length
+    return read_windows(model, tokens, length, batch_tokens=batch_tokens, bf16=bf16).result(text_bytes)
+
+
+def read_windows(model: LanguageModel, tokens: np.ndarray, seq_len: int, stride: int | None = None, *,
+                 batch_tokens: int | None = None, bf16: bool = False, progress: Progress | None = None) -> Tally:
+    """The losses of tokens [n] by their position in windows of seq_len, each read from its beginning.
+
+    stride: of windows that overlap, 1 to seq_len; all targets but the first seq_len then have at least seq_len - stride
+    tokens before them. None: windows side by side. batch_tokens: at once, but a window at least; changes rounding
+    alone. Raises ZooError for fewer tokens than a window, or a window past the model's limit.
+    """
+    model.check_length(seq_len)
+    device = model.head.weight.device
+    rows = max(1, (batch_tokens or _at_once(device)) // seq_len)
+    tally, done = Tally(seq_len, device), 0
+    with _reading(model, bf16):
+        for inputs, wanted in evaluation_windows(tokens, seq_len, rows, stride):
+            targets = torch.from_numpy(wanted).to(device)
+            tally.add(model.loss(torch.from_numpy(inputs).to(device), targets, reduction="none"), targets)
+            if progress is not None:
+                done += len(inputs) * (stride or seq_len)
+                progress(min(done, len(tokens) - 1), len(tokens) - 1)
+    return tally
+
+
+def read_carried(model: LanguageModel, tokens: np.ndarray, separator: int = 0, *, batch_tokens: int | None = None,
+                 piece: int = PIECE, bf16: bool = False, progress: Progress | None = None) -> Tally:
+    """The losses of tokens [n] by their position in their document, every document read with one state.
+
+    Documents begin with a separator; the state before it is the empty one. They are read side by side, the long ones
+    first, in pieces of `piece` tokens. batch_tokens: at once, one document's piece at least; like `piece` it changes
+    rounding alone. Raises ZooError for a document past the model's limit.
+    """
+    starts = np.flatnonzero(np.asarray(tokens) == separator)
+    lengths = np.diff(starts, append=len(tokens)) - 1  # targets: a document's tokens, not the separator after it
+    if not len(starts) or starts[0] != 0 or not lengths.any():
+        raise ZooError("there is no text to evaluate: carrying the state wants documents that begin with a separator")
+    longest, device = int(lengths.max()), model.head.weight.device
+    model.check_length(longest)
+    piece = min(piece, longest)
+    rows = max(1, (batch_tokens or _at_once(device)) // piece)
+    tally, done, order = Tally(longest, device), 0, np.argsort(-lengths, kind="stable")
+    order = order[lengths[order] > 0]
+    with _reading(model, bf16):
+        for first in range(0, len(order), rows):
+            group = order[first:first + rows]
+            room = int(lengths[group[0]])
+            state = model.init_state(len(group), room)
+            for at in range(0, room, piece):
+                alive = group[lengths[group] > at]
+                if len(alive) < len(state["position"]):  # the longest come first
+                    state = {name: value[:len(alive)] for name, value in state.items()}
+                inputs, wanted = _pieces(tokens, starts[alive], lengths[alive], at, min(piece, room - at), separator)
+                targets = torch.from_numpy(wanted).to(device)
+                logits, state = model.extend(torch.from_numpy(inputs).to(device), state)
+                tally.add(_nats(logits, targets), targets, at)
+                if progress is not None:
+                    done += int((wanted != IGNORE).sum())
+                    progress(done, int(lengths.sum()))
+    return tally
+
+
+def _pieces(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, at: int, size: int,
+            separator: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens `at` .. at + size - 1 of documents, and their targets, int64 [n, size]; -100 past a document's end."""
+    inputs = np.full((len(starts), size), separator, dtype=np.int64)
+    targets = np.full_like(inputs, IGNORE)
+    for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        here = min(size, length - at)
+        block = tokens[start + at:start + at + here + 1]
+        inputs[row, :here], targets[row, :here] = block[:-1], block[1:]
+    return inputs, targets
+
+
+def _nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits [B, t, V], targets [B, t] -> [B, t] in float32, 0 where there is no target."""
+    with torch.autocast(logits.device.type, enabled=False):
+        losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+    return losses.view(targets.shape)
+
+
+def _at_once(device: torch.device) -> int:
+    return AT_ONCE.get(device.type, AT_ONCE["cpu"])
+
+
+@contextmanager
+def _reading(model: LanguageModel, bf16: bool) -> Iterator[None]:
+    """The model as it is measured: no dropout, no gradients; afterwards as it was."""
+    training = model.training
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            for inputs, wanted in evaluation_windows(tokens, length, rows):
-                targets = torch.from_numpy(wanted).to(device)
-                tally.add(model.loss(torch.from_numpy(inputs).to(device), targets, reduction="none"), targets)
+        with torch.no_grad(), torch.autocast(model.head.weight.device.type, torch.bfloat16, enabled=bf16):
+            yield
     finally:
         model.train(training)
-    return tally.result(text_bytes)

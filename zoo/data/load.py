@@ -11,14 +11,14 @@ from typing import Any
 
 from zoo.data.cache import Progress, TokenData, locked, prepare, writing
 from zoo.data.sources import Source, Stdlib
-from zoo.data.sources_hub import Enwik8, FineWebEdu, TinyStories, WikiText103
+from zoo.data.sources_hub import Enwik8, FineWebEdu, Lambada, TinyStories, WikiText2, WikiText103
 from zoo.data.sources_novels import Novels
 from zoo.data.sources_text import Text
 from zoo.errors import ZooError, choose
 from zoo.files import replace
 from zoo.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer
 
-_CLASSES: tuple[Any, ...] = (Stdlib, Novels, Text, Enwik8, WikiText103, TinyStories, FineWebEdu)
+_CLASSES: tuple[Any, ...] = (Stdlib, Novels, Text, Enwik8, WikiText103, WikiText2, TinyStories, FineWebEdu, Lambada)
 SOURCES: dict[str, Callable[..., Source]] = {source.name: source for source in _CLASSES}
 
 

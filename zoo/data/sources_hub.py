@@ -1,4 +1,4 @@
-"""Public corpora through Hugging Face `datasets`: enwik8, WikiText-103, TinyStories, FineWeb-Edu.
+"""Public corpora through Hugging Face `datasets`: enwik8, WikiText-103 and -2, TinyStories, FineWeb-Edu, LAMBADA.
 
 `data.path` names a local copy of the repository's files in their published layout, and then nothing is fetched; the
 same `load_dataset` call reads both. Rows come in the files' order.
@@ -44,12 +44,14 @@ def load_rows(corpus: str, reader: str, files: str, *, local: bool, cache: Path,
 
 
 class _Hub:
-    """A repository of parquet files: where they are, and their rows."""
+    """A repository of files of rows: where they are, and their rows."""
 
     name: str
     repository: str
+    reader = "parquet"  # of `datasets`
+    columns: Mapping[str, Any] = {"columns": ["text"]}  # what else the reader is told
     files: Mapping[str, str]  # split: pattern of its files in the repository
-    splits = SPLITS
+    splits: tuple[str, ...] = SPLITS
     streaming = False
 
     def __init__(self, path: str | None, revision: str, cache: Path):
@@ -74,8 +76,8 @@ class _Hub:
         # By their paths, not by the repository's name: what its README declares of its files is of no concern here.
         local = self.folder is not None
         place = self.folder if local else f"hf://datasets/{self.repository}@{self.revision}"
-        return load_rows(self.name, "parquet", f"{place}/{self.files[split]}", local=local, cache=self.cache,
-                         streaming=local or self.streaming, columns=["text"])
+        return load_rows(self.name, self.reader, f"{place}/{self.files[split]}", local=local, cache=self.cache,
+                         streaming=local or self.streaming, **self.columns)
 
 
 class Enwik8:
@@ -168,6 +170,31 @@ class WikiText103(_Hub):
                 previous_blank = not line.strip()
             if lines:
                 yield Piece(split, title, "".join(lines).encode())
+
+
+class WikiText2(WikiText103):
+    """The small one: other training articles, two million words of them, and the same held-out ones."""
+
+    name = "wikitext2"
+    files: Mapping[str, str] = {split: f"wikitext-2-raw-v1/{split}-*.parquet" for split in SPLITS}
+
+
+class Lambada(_Hub):
+    """LAMBADA (1606.06031) as OpenAI prepared it: 5,153 passages of novels, each a document, all of them to test on."""
+
+    name = "lambada"
+    repository = "EleutherAI/lambada_openai"
+    reader, columns = "json", {}
+    files: Mapping[str, str] = {"test": "data/lambada_test.jsonl"}
+    splits = ("test",)
+
+    def __init__(self, path: str | None = None, revision: str = "d28e11e11bebdeb93b75d632656ef68423adca9d",
+                 *, cache: Path):
+        super().__init__(path, revision, cache)
+
+    def __iter__(self) -> Iterator[Piece]:
+        for name, text in _documents(self.rows("test"), self.name):
+            yield Piece("test", name, text)
 
 
 class TinyStories(_Hub):

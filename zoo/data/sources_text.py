@@ -143,6 +143,24 @@ class Text:
                     yield Piece(split or hashed_split(text, *self._fractions.values()), f"{name}:{where}", text)
 
 
+class WholeText:
+    """The same files, nothing held out: all of their documents are one test split, for a model to be measured on."""
+
+    name = "text"
+    splits: tuple[str, ...] = ("test",)
+
+    def __init__(self, path: str, field: str = "text"):
+        self._text = Text(path, field=field)
+        self.total_bytes = self._text.total_bytes
+
+    def identity(self) -> dict[str, Any]:
+        return self._text.identity() | {"fractions": {"test": 1.0}}
+
+    def __iter__(self) -> Iterator[Piece]:
+        for name, file in self._text._files["train"]:
+            yield from _whole("test", name, file) if _kind(file) == ".txt" else self._text._records(name, file, "test")
+
+
 def _hashed(name: str) -> bytes:
     """Where a name comes in an order that does not depend on the alphabet."""
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()

@@ -92,10 +92,39 @@ def evaluation_batch(tokens: np.ndarray, seq_len: int, first_window: int, count:
     return inputs.reshape(count, seq_len), targets.reshape(count, seq_len)
 
 
-def evaluation_windows(tokens: np.ndarray, seq_len: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All windows of a split in batches, see `evaluation_batch`."""
-    for first in range(0, num_evaluation_windows(len(tokens), seq_len), batch_size):
-        yield evaluation_batch(tokens, seq_len, first, batch_size)
+def evaluation_windows(tokens: np.ndarray, seq_len: int, batch_size: int,
+                       stride: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All windows of a split in batches: `evaluation_batch`'s, or with a stride `sliding_batch`'s."""
+    if stride is None or stride == seq_len:
+        for first in range(0, num_evaluation_windows(len(tokens), seq_len), batch_size):
+            yield evaluation_batch(tokens, seq_len, first, batch_size)
+        return
+    for first in range(0, num_sliding_windows(len(tokens), seq_len, stride), batch_size):
+        yield sliding_batch(tokens, seq_len, stride, first, batch_size)
+
+
+def num_sliding_windows(num_tokens: int, seq_len: int, stride: int) -> int:
+    """How many windows, each `stride` tokens after the one before, have every token but the first as a target once."""
+    _check_length(num_tokens, seq_len, "evaluation")
+    if not 1 <= stride <= seq_len:
+        raise ZooError(f"stride={stride} is not allowed: 1 to {seq_len}, the window's length")
+    return 1 + -(-(num_tokens - 1 - seq_len) // stride)
+
+
+def sliding_batch(tokens: np.ndarray, seq_len: int, stride: int, first_window: int, count: int,
+                  separator: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Like `evaluation_batch`, of windows that overlap: all but the first have their last `stride` targets alone, each
+    with at least seq_len - stride tokens of its window before it; the others, and what is no text, are -100."""
+    count = max(0, min(count, num_sliding_windows(len(tokens), seq_len, stride) - first_window))
+    inputs = np.full((count, seq_len), separator, dtype=np.int64)
+    targets = np.full_like(inputs, IGNORE)
+    for row in range(count):
+        start = (first_window + row) * stride
+        block = np.asarray(tokens[start:start + seq_len + 1], dtype=np.int64)
+        own = 0 if start == 0 else seq_len - stride
+        inputs[row, :len(block) - 1] = block[:-1]
+        targets[row, own:len(block) - 1] = np.where(block[own + 1:] == separator, IGNORE, block[own + 1:])
+    return inputs, targets
 
 
 def _check_length(num_tokens: int, seq_len: int, what: str) -> None:

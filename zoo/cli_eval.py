@@ -1,0 +1,118 @@
+"""`zoo eval`, registered on the command's app by zoo/cli.py. It parses and prints, as all of the command does."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from zoo.errors import ZooError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from zoo.evaluation import Reading
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("eval")(eval_command)
+
+
+def eval_command(
+    model: Annotated[str, typer.Argument(help="A published model's name, a saved model's folder or a run's folder.")],
+    data: Annotated[str | None, typer.Option(help="The corpus: novels, text, wikitext2, lambada, ...")] = None,
+    path: Annotated[str | None, typer.Option(help="Where the corpus lies, as data.path=; of text, your file.")] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test; text has none, all of it is read.")] = "test",
+    lengths: Annotated[str, typer.Option(help="Tokens a window, with commas; none: as in training.")] = "",
+    stride: Annotated[str, typer.Option(help="Tokens from a window to the next, with commas: windows overlap.")] = "",
+    carried: Annotated[bool, typer.Option("--carried", help="Carry the state through every document.")] = False,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Only the first so many of the split.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Through the model at once; less takes less "
+                                                                 "memory.")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bf16 as training on a GPU does, not in float32.")] =
+        False,
+    cache: Annotated[str | None, typer.Option(help="Where prepared tokens are kept; ~/.cache/zoo if not said.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write everything into this file.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one.")] = "auto",
+) -> None:
+    """Measure a model on a text.
+
+    Bits per byte over every byte once, perplexity of a token and of a word, the loss by position and context length.
+    """
+    from rich.progress import Progress
+
+    from zoo.evaluation import open_excerpt, read, write_json
+    from zoo.pretrained import find_device, load_pretrained
+
+    if data is None:
+        raise ZooError("nothing to measure on is given; allowed: --data NAME")
+    if json is not None and not json.parent.is_dir():  # before anything is measured
+        raise ZooError(f"cannot write {json}: no such folder")
+    sizes, strides = _whole("--lengths", lengths), _whole("--stride", stride)
+    loaded = load_pretrained(model, device=find_device(device))
+    place = loaded.head.weight.device
+    readings: list[Reading] = []
+    with Progress(console=_console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(data, total=None)
+        excerpt = open_excerpt(data, loaded.tokenizer, path=path, split=split, cache=cache, limit=tokens,
+                               progress=lambda done, total: bar.update(task, completed=done, total=total))
+        for reading in read(loaded, excerpt, strides=strides, lengths=sizes, carried=carried,
+                            batch_tokens=batch_tokens, bf16=bf16,
+                            progress=lambda how, done, total: bar.update(task, description=how, completed=done,
+                                                                         total=total)):
+            readings.append(reading)
+    precision = "bf16" if bf16 else "float32"
+    what = "all" if data == "text" else f"the {split} split"
+    print(f"{model}: {loaded.num_parameters():,} parameters, trained at T={loaded.config.seq_len}\n"
+          f"{what} of {data}{f', its first {tokens:,} tokens' if tokens else ''}: {excerpt.bytes:,} bytes, "
+          f"{excerpt.words:,} words, {readings[0].found.tokens:,} tokens; {precision} on {place}")
+    _console().print(_table(readings), _by_position(readings))
+    if json is not None:
+        write_json(json, {"model": model, "data": excerpt.about, "device": str(place), "precision": precision,
+                          "readings": [reading.to_dict() for reading in readings]})
+
+
+def _table(readings: list[Reading]) -> object:
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("read in")
+    for column in ("bits/byte", "token perplexity", "word perplexity", "seconds"):
+        table.add_column(column, justify="right")
+    for reading in readings:
+        words = "no words" if reading.word_perplexity is None else f"{reading.word_perplexity:.2f}"
+        table.add_row(reading.how, f"{reading.found.bits_per_byte:.4f}", f"{reading.found.perplexity:.4f}", words,
+                      f"{reading.seconds:.1f}")
+    return table
+
+
+def _by_position(readings: list[Reading]) -> object:
+    """Doublings down, readings across: nats a token by the tokens that its window, or its document, has up to it."""
+    from rich.table import Table
+
+    table = Table(title="nats a token, by the tokens before it")
+    table.add_column("at most", justify="right")
+    for reading in readings:
+        table.add_column(reading.how, justify="right")
+    for edge in sorted({edge for reading in readings for edge in reading.found.upto}):
+        means = [dict(zip(reading.found.upto, reading.found.nats, strict=True)).get(edge) for reading in readings]
+        table.add_row(f"{edge:,}", *("" if mean is None else f"{mean:.4f}" for mean in means))
+    return table
+
+
+def _whole(option: str, text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if wrong := [part for part in parts if not part.isdecimal()]:
+        raise ZooError(f"{option}: {wrong[0]!r} is not allowed: whole numbers with commas between")
+    return [int(part) for part in parts]
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """A terminal as wide as it is; files and pipes get lines long enough for any table."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else 160, highlight=False)
