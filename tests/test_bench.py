@@ -15,8 +15,9 @@ import zoo
 from zoo import ZooError
 from zoo.bench import loop
 from zoo.bench.timing import Timing, interleave
-from zoo.bench.train import COLUMNS, Side, Step, bench_train, table, to_csv
+from zoo.bench.train import COLUMNS, Row, Side, Step, bench_train, published_side, table, to_csv, windows
 from zoo.bench.train_peers import PlainDecoder, decoder_flops
+from zoo.cli import main
 from zoo.sizing import SIZES, Size
 
 CPU = torch.device("cpu")
@@ -106,6 +107,90 @@ def test_every_architecture_gets_a_row() -> None:
                       "peak_mib": ""}
     ratios = dict(zip((row.model for row in rows), table(rows, CPU).columns[4].cells, strict=True))
     assert ratios["transformer"] == "1.00"
+
+
+TEXT = Path(__file__).read_bytes()
+
+
+def test_published_weights_stay_what_they_are() -> None:
+    side = published_side("aft", "small", 16, CPU, compiled=False)
+    assert (side.model, side.impl) == ("aft.novels-6m", "zoo")
+    assert side.flops == zoo.create_model("aft", "small", seq_len=1024).flops(16)
+    before = [p.clone() for p in side.module.parameters()]
+    step = Step(side, windows(TEXT, 2, 17))
+    for _ in range(3):
+        step()
+    learnt = zoo.load_pretrained("aft.novels-6m")
+    assert all(map(torch.equal, side.module.parameters(), before))
+    assert all(map(torch.equal, side.module.parameters(), learnt.parameters()))
+    assert all(bool(step.optimizer.state[p]["exp_avg"].any()) for p in side.module.parameters())  # its work was done
+    with pytest.raises(ZooError, match="1025 tokens are past the limit of this aft: at most 1024"):
+        published_side("aft", "small", 1025, CPU, compiled=False)
+    with pytest.raises(ZooError, match="no weights of aft are published at size=base"):
+        published_side("aft", "base", 16, CPU, compiled=False)
+
+
+def test_published_weights_get_rows_under_their_names() -> None:
+    rows, left_out = bench_train(["transformer", "rwkv"], device=CPU, size="small", seq_len=8, batch_tokens=8, budget=0,
+                                 weights="published", text=TEXT)
+    assert {row.model for row in rows} == {"transformer.novels-6m", "rwkv.novels-6m"}
+    assert left_out == {}
+    ratios = dict(zip((row.model for row in rows), table(rows, CPU).columns[4].cells, strict=True))
+    assert ratios["transformer.novels-6m"] == "1.00"
+    with pytest.raises(ZooError, match="published weights without a text are not allowed"):
+        bench_train(device=CPU, weights="published")
+    with pytest.raises(ZooError, match="unknown weights 'old'; allowed: fresh, published"):
+        bench_train(device=CPU, weights="old")
+
+
+def test_windows_of_a_text() -> None:
+    assert windows(bytes(range(10)), 3, 4).tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
+    assert windows(b"ab", 2, 2).tolist() == [[97, 98]] * 2
+    with pytest.raises(ZooError, match="a text of 2 bytes is not allowed: at least 3"):
+        windows(b"ab", 1, 3)
+
+
+def row(model: str = "aft", seq_len: int = 16, speed: float = 10.0) -> Row:
+    return Row(model, "zoo", "nano", seq_len, 32, speed, speed, speed, None, 1.5, 2.0)
+
+
+def test_rows_of_a_run_take_the_place_of_the_same_rows() -> None:
+    before = to_csv([row(), row("rwkv"), row(seq_len=8)])
+    again = to_csv([row("rwkv", speed=20.0), row("aft.novels-6m")], before)
+    assert [line.split(",")[:6] for line in again.splitlines()[1:]] == [
+        ["aft", "zoo", "nano", "16", "32", "10"], ["aft", "zoo", "nano", "8", "32", "10"],
+        ["rwkv", "zoo", "nano", "16", "32", "20"], ["aft.novels-6m", "zoo", "nano", "16", "32", "10"]]
+    assert to_csv([], again) == again
+    for other in ("a,b\n1,2\n", before + "aft,zoo\n", "\n", "x" * 200_000):
+        with pytest.raises(ZooError, match="allowed is a table of model, impl, size"):
+            to_csv([row()], other)
+
+
+def test_the_command_keeps_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, text = tmp_path / "train.csv", tmp_path / "text"
+    text.write_bytes(TEXT)
+
+    def run(*words: str) -> int:
+        with pytest.raises(SystemExit) as stop:
+            main(["bench", "train", "--device", "cpu", "--seconds", "0", "--batch-tokens", "16", "--csv", str(out),
+                  "--seq-len", "16", *words])
+        return int(stop.value.code or 0)
+
+    assert run("--models", "transformer", "--seq-len", "8,16") == 0
+    assert run("--models", "transformer", "--size", "small", "--weights", "published", "--text", str(text)) == 0
+    assert [line.split(",")[:4] for line in out.read_text().splitlines()[1:]] == [
+        ["transformer", "zoo", "nano", "8"], ["transformer", "zoo", "nano", "16"],
+        ["transformer.novels-6m", "zoo", "small", "16"]]
+    capsys.readouterr()
+    assert run("--weights", "published", "--text", str(tmp_path / "none")) == 2
+    assert run("--weights", "published", "--text", str(text), "--models", "aft") == 2
+    out.write_text("a,b\n")
+    assert run("--models", "aft") == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 3
+    for error, words in zip(errors, ("cannot read", "no weights of aft are published at size=nano", "cannot be added"),
+                            strict=True):
+        assert words in error
 
 
 def test_what_cannot_be_built_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,8 +152,10 @@ def bench_train(
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens a step: 2048 on a CPU, 65536 on a GPU.")] = None,
     models: Annotated[str, typer.Option(help="Names with commas between; all if not given.")] = "",
     peers: Annotated[bool | None, typer.Option(help="Decoders from elsewhere, too; on a GPU if not given.")] = None,
+    weights: Annotated[str, typer.Option(help="fresh, or published: speed may depend on what was learnt.")] = "fresh",
+    text: Annotated[Path | None, typer.Option(help="Train on this file's bytes; fresh weights can do without.")] = None,
     seconds: Annotated[float, typer.Option(help="How long to measure, for each size and T.")] = 60.0,
-    csv: Annotated[Path | None, typer.Option(help="Write the rows into this file, too; after each size and T.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the rows into this file, too; its other rows stay.")] = None,
 ) -> None:
     """Training tokens/s of the architectures, interleaved in one process."""
     from rich.progress import Progress
@@ -164,6 +166,8 @@ def bench_train(
     place = find_device(device)
     on_cpu = place.type == "cpu"
     console, rows = _console(), list[train.Row]()
+    before = _read(csv) if csv is not None and csv.is_file() else ""
+    train.to_csv([], before)
     lengths = [_whole("seq-len", part) for part in _listed(seq_len)] or [256 if on_cpu else 1024]
     for shape, length in product(_listed(size) or ["nano" if on_cpu else "small"], lengths):
         with Progress(console=_console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
@@ -171,7 +175,8 @@ def bench_train(
             found, left_out = train.bench_train(
                 _listed(models) or None, device=place, size=shape, seq_len=length,
                 batch_tokens=batch_tokens or (2048 if on_cpu else 65536), budget=seconds,
-                peers=not on_cpu if peers is None else peers,
+                peers=not on_cpu and weights == "fresh" if peers is None else peers, weights=weights,
+                text=_bytes_of(text) if text is not None else None,
                 progress=lambda done, bar=bar, task=task: bar.update(task, completed=done))  # type: ignore[misc]
         console.print(train.table(found, place))
         for name, reason in left_out.items():
@@ -179,7 +184,7 @@ def bench_train(
         sys.stdout.flush()
         rows += found
         if csv is not None:
-            _write(csv, train.to_csv(rows))
+            _write(csv, train.to_csv(rows, before))
 
 
 @bench.command("ops")
@@ -270,8 +275,12 @@ def _whole(what: str, text: str) -> int:
 
 
 def _read(path: Path) -> str:
+    return _bytes_of(path).decode(errors="replace")
+
+
+def _bytes_of(path: Path) -> bytes:
     try:
-        return path.read_text(errors="replace")
+        return path.read_bytes()
     except OSError as error:
         raise ZooError(f"cannot read {path}: {error.strerror}") from None
 

@@ -1,7 +1,8 @@
 """Training speed of the architectures side by side: a bare loop of forward, backward, clipping and AdamW.
 
 On a GPU each side is compiled, the zoo's in pieces as training does it and the peers' whole, and the passes of both are
-replayed as a CUDA graph by what training uses.
+replayed as a CUDA graph by what training uses. Weights are fresh and get a rate of 1e-3 on random bytes; or published
+ones, which stay as they are on a text, as a kernel's time may depend on what has been learnt.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from zoo.bench.timing import interleave, synchronize
 from zoo.errors import ZooError, choose
 from zoo.mixers import list_mixers
 from zoo.model import LanguageModel
-from zoo.sizing import SIZES, create_model
+from zoo.pretrained import list_pretrained, load_pretrained
+from zoo.sizing import SIZES, Size, create_model
 from zoo.training.capture import Captured
 from zoo.training.compiling import compiled_loss
 from zoo.training.hardware import device_name, peak_flops
 
-COLUMNS = ("model", "impl", "size", "T", "batch_tokens", "tokens_per_s", "mfu", "peak_mib", "first_step_s")
+WEIGHTS = "fresh", "published"
+KEY = ("model", "impl", "size", "T", "batch_tokens")  # what a row is of
+COLUMNS = (*KEY, "tokens_per_s", "mfu", "peak_mib", "first_step_s")
 
 
 @dataclass(frozen=True)
@@ -56,17 +60,37 @@ class Side:
     module: nn.Module
     loss: Callable[[Tensor, Tensor], Tensor]
     flops: int
+    lr: float = 1e-3
 
 
 def zoo_side(name: str, size: str, seq_len: int, device: torch.device, compiled: bool) -> Side:
     """An architecture of the zoo, compiled as training compiles it."""
-    model = create_model(name, size, seq_len=seq_len).to(device).train()
+    return _own_side(name, create_model(name, size, seq_len=seq_len).to(device), seq_len, compiled, Side.lr)
+
+
+def published_side(name: str, size: str, seq_len: int, device: torch.device, compiled: bool) -> Side:
+    """The same with the weights that are published for it, under their name; raises ZooError where there are none.
+
+    Its rate is 0: AdamW's work is the same, and the weights of the last step are still those of the first.
+    """
+    shape = SIZES[choose("size", size, SIZES)]
+    for known in list_pretrained():
+        if known.partition(".")[0] == name:
+            model = load_pretrained(known, device=device)
+            if Size(model.config.layers, model.config.dim, model.config.heads) == shape:
+                model.check_length(seq_len)
+                return _own_side(known, model, seq_len, compiled, 0.0)
+    raise ZooError(f"no weights of {name} are published at size={size}")
+
+
+def _own_side(name: str, model: LanguageModel, seq_len: int, compiled: bool, lr: float) -> Side:
+    model.train()
     nats: Callable[..., Tensor] = compiled_loss(model) if compiled else model.loss
 
     def loss(inputs: Tensor, targets: Tensor) -> Tensor:
         return nats(inputs, targets, reduction="sum") / targets.numel()
 
-    return Side(name, "zoo", model, loss, model.flops(seq_len))
+    return Side(name, "zoo", model, loss, model.flops(seq_len), lr)
 
 
 def peer_side(impl: str, size: str, seq_len: int, device: torch.device, compiled: bool) -> Side:
@@ -85,9 +109,9 @@ class Step:
 
     def __init__(self, side: Side, batch: Tensor, beside: Step | None = None):
         module, self.device = side.module, batch.device
-        groups: Any = module.parameter_groups(lr=1e-3, weight_decay=0.1) if isinstance(module, LanguageModel) else \
+        groups: Any = module.parameter_groups(lr=side.lr, weight_decay=0.1) if isinstance(module, LanguageModel) else \
             module.parameters()
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, lr=side.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         self.batch = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
         self.loss, self.parameters = side.loss, list(module.parameters())
         self.captured: Captured | None = None
@@ -125,19 +149,37 @@ def two_steps(step: Step, device: torch.device) -> tuple[float, int | None]:
     return first, torch.cuda.max_memory_allocated(device)
 
 
+def windows(text: bytes, rows: int, length: int) -> Tensor:
+    """[rows, length] int64: bytes of a text, windows as far from each other as it allows."""
+    if len(text) < length:
+        raise ZooError(f"a text of {len(text)} bytes is not allowed: at least {length}, those of one window")
+    every = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    firsts = torch.linspace(0, len(text) - length, rows).long()
+    return torch.stack([every[first : first + length] for first in firsts]).long()
+
+
 def bench_train(models: Sequence[str] | None = None, *, device: torch.device, size: str = "nano", seq_len: int = 256,
-                batch_tokens: int = 2048, budget: float = 60.0, peers: bool = False,
+                batch_tokens: int = 2048, budget: float = 60.0, peers: bool = False, weights: str = "fresh",
+                text: bytes | None = None,
                 progress: Callable[[float], object] = lambda done: None) -> tuple[list[Row], dict[str, str]]:
     """Time a training step of each model at one size, context and number of tokens, interleaved for `budget` seconds.
 
     -> (rows in order of speed, what was left out with the reason). All architectures if `models` is None; of those, one
-    that cannot be built at this size and length is left out, while one asked for by name raises its ZooError. With
-    `peers` the decoders of `train_peers` take part.
+    that cannot be built at this size and length, or does not train there, is left out, while one asked for by name
+    raises its error. With `peers` the decoders of `train_peers` take part. weights: of `WEIGHTS`; published ones need
+    the text that they are timed on, fresh ones get random bytes where none is given.
     """
     if seq_len < 1 or batch_tokens < seq_len or batch_tokens % seq_len:
         raise ZooError(f"batch_tokens={batch_tokens} is not allowed at seq_len={seq_len}: a multiple of it")
+    published = choose("weights", weights, WEIGHTS) == "published"
+    if published and text is None:
+        raise ZooError("published weights without a text are not allowed: what they have learnt shows on one")
     on_gpu, rows = device.type == "cuda", batch_tokens // seq_len
-    tokens = torch.randint(256, (rows, seq_len + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    if text is None:
+        tokens = torch.randint(256, (rows, seq_len + 1), generator=torch.Generator().manual_seed(0))
+    else:
+        tokens = windows(text, rows, seq_len + 1)
+    tokens = tokens.to(device)
     steps: dict[str, Step] = {}
     built: dict[str, tuple[Side, float, float | None]] = {}
     left_out: dict[str, str] = {}
@@ -147,7 +189,8 @@ def bench_train(models: Sequence[str] | None = None, *, device: torch.device, si
         try:
             if foreign and (reason := train_peers.missing(name)):
                 raise ZooError(reason)
-            side = (peer_side if foreign else zoo_side)(name, size, seq_len, device, compiled=on_gpu)
+            make = peer_side if foreign else published_side if published else zoo_side
+            side = make(name, size, seq_len, device, compiled=on_gpu)
         except ZooError as error:
             if models and not foreign:
                 raise
@@ -157,7 +200,7 @@ def bench_train(models: Sequence[str] | None = None, *, device: torch.device, si
         try:
             first_step, most = two_steps(step, device)
         except RuntimeError as error:
-            if not foreign:
+            if models and not foreign:
                 raise
             left_out[name] = f"it does not train, or cannot be recorded: {' '.join(str(error).split())[:100]}"
             continue
@@ -176,15 +219,27 @@ def bench_train(models: Sequence[str] | None = None, *, device: torch.device, si
     return sorted(found, key=lambda row: -row.tokens_per_s), left_out
 
 
-def to_csv(rows: Sequence[Row]) -> str:
-    """The rows as a CSV text of `COLUMNS`; a figure that could not be measured is an empty field."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
+def to_csv(rows: Sequence[Row], before: str = "") -> str:
+    """The rows as a CSV text of `COLUMNS`; a figure that could not be measured is an empty field.
+
+    before: such a text, whose rows come first but where one of `rows` is of the same `KEY`. Raises ZooError for a text
+    of another kind.
+    """
+    try:
+        head, *old = list(csv.reader(before.splitlines())) or [list(COLUMNS)]
+    except csv.Error:
+        head, old = [], []
+    if tuple(head) != COLUMNS or any(len(line) != len(COLUMNS) for line in old):
+        raise ZooError(f"rows cannot be added to this file: allowed is a table of {', '.join(COLUMNS)}")
+    lines = {tuple(line[: len(KEY)]): line for line in old}
     for row in rows:
-        writer.writerow([row.model, row.impl, row.size, row.seq_len, row.batch_tokens, round(row.tokens_per_s),
-                         *("" if value is None else f"{value:.4g}" for value in (row.mfu, row.peak_mib)),
-                         f"{row.first_step_s:.3f}"])
+        line = [row.model, row.impl, row.size, str(row.seq_len), str(row.batch_tokens), f"{row.tokens_per_s:.0f}",
+                *("" if value is None else f"{value:.4g}" for value in (row.mfu, row.peak_mib)),
+                f"{row.first_step_s:.3f}"]
+        lines.pop(tuple(line[: len(KEY)]), None)
+        lines[tuple(line[: len(KEY)])] = line
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([COLUMNS, *lines.values()])
     return out.getvalue()
 
 
@@ -195,7 +250,8 @@ def table(rows: Sequence[Row], device: torch.device) -> Table:
                         f"{device_name(device)}")
     for column in ("model", "impl", "tokens/s", "slow to fast", "of transformer", "MFU", "peak MiB", "first step"):
         shown.add_column(column, justify="left" if column in ("model", "impl") else "right")
-    reference = next((row.tokens_per_s for row in rows if (row.model, row.impl) == ("transformer", "zoo")), None)
+    reference = next((row.tokens_per_s for row in rows
+                      if (row.model.partition(".")[0], row.impl) == ("transformer", "zoo")), None)
     for row in rows:
         shown.add_row(row.model, row.impl, f"{row.tokens_per_s:,.0f}", f"{row.slow:,.0f} to {row.fast:,.0f}",
                       f"{row.tokens_per_s / reference:.2f}" if reference else "",
