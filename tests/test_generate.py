@@ -12,6 +12,7 @@ from zoo import ZooError
 from zoo.contract import State
 from zoo.model import LanguageModel
 from zoo.pretrained import PretrainedModel
+from zoo.sampling import Continuation
 from zoo.tokenizers import BPETokenizer, ByteTokenizer
 
 PROMPTS = ["", "a", "Once upon a time", "Käse", "b"]
@@ -67,11 +68,12 @@ def test_a_document_ends_at_the_separator_or_the_last_token() -> None:
 def test_a_prompt_is_the_beginning_of_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
 
-    def stream(model: LanguageModel, prompts: list[list[int]], **how: object) -> list[tuple[int, int]]:
-        seen.extend(prompts)
-        return []
+    class Nothing(Continuation):
+        def __init__(self, model: LanguageModel, prompts: list[list[int]], **how: object):
+            seen.extend(prompts)
+            super().__init__(model, [], max_tokens=0)
 
-    monkeypatch.setattr("zoo.generation.stream", stream)
+    monkeypatch.setattr("zoo.generation.Continuation", Nothing)
     zoo.generate(text_model(), ["", "ab"])
     assert seen == [[0], [0, 97, 98]]
 

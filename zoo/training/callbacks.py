@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, Trainer
 
 from zoo.evaluate import Tally
 from zoo.model import LanguageModel
-from zoo.sampling import stream
+from zoo.sampling import Sampling, stream
 from zoo.tokenizers import Tokenizer
 from zoo.training import checkpoint as files
 from zoo.training.config import Config
@@ -194,7 +194,8 @@ def sample_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, tokens:
     """The prompt, as the beginning of a document, and its continuation. Draws nothing from torch's own generator."""
     read = [tokenizer.separator, *tokenizer.encode(prompt).tolist()]
     room = tokens if model.max_len is None else min(tokens, model.max_len - len(read) + 1)
-    drawn = stream(model, [read], max_tokens=room, temperature=TEMPERATURE, seed=seed, stop=tokenizer.separator)
+    drawn = stream(model, [read], max_tokens=room, sampling=Sampling(temperature=TEMPERATURE), seed=seed,
+                   stop=tokenizer.separator)
     return prompt + tokenizer.decode([token for _, token in drawn])
 
 
