@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from zoo import cli_eval
+from zoo import cli_eval, cli_generate
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
                   help="Efficient language-model architectures: list, measure, sample, save.")
 bench = typer.Typer(no_args_is_help=True, help="Measure speed.")
 app.add_typer(bench, name="bench")
-cli_eval.register(app)
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one.")]
 
@@ -55,33 +54,8 @@ def doctor() -> None:
     raise typer.Exit(0 if examine(print) else 1)
 
 
-@app.command()
-def generate(
-    model: Annotated[str, typer.Argument(help="A published model's name, a saved model's folder or a run's folder.")],
-    prompt: Annotated[list[str], typer.Option(help="What to continue; may be given several times.")] = [""],  # noqa: B006
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens a prompt; 256 if its model can.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Choose among so many of the likeliest tokens.")] = None,
-    top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens of this joint probability.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
-    device: Device = "auto",
-) -> None:
-    """Continue prompts, writing while the model does. Without a prompt it begins a document of its own."""
-    import zoo
-    from zoo.pretrained import find_device
-
-    loaded = zoo.load_pretrained(model, device=find_device(device))
-    unsaid = [prompt[0]]  # until the first text comes, so that a refused prompt leaves nothing on stdout
-
-    def show(row: int, piece: str) -> None:
-        if row == 0:  # rows are drawn together: the first is shown as it comes, the others in turn
-            print((unsaid.pop() if unsaid else "") + piece, end="", flush=True)
-
-    written = zoo.generate(loaded, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                           seed=seed, on_text=show)
-    print("".join(unsaid))
-    for given, text in zip(prompt[1:], written[1:], strict=True):
-        print(f"---\n{given}{text}")
+cli_generate.register(app)
+cli_eval.register(app)
 
 
 @app.command()

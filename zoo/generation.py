@@ -156,8 +156,8 @@ def _generate(model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str]
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        raise ZooError(f"{len(rows)} prompts of at most {max(map(len, rows))} tokens and {max_tokens} more do not fit "
-                       f"into the memory of {model.head.weight.device}; fewer prompts or tokens may") from None
+        raise ZooError(f"{len(rows)} x {max(map(len, rows)) + max_tokens} tokens do not fit into the memory of "
+                       f"{model.head.weight.device}; fewer prompts or tokens at a time may") from None
     for row, text in enumerate(texts):
         tell(row, text.finish())
     return rows, texts
