@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(compiling, "generate", backend)
     return graphs
 
 
@@ -51,6 +54,41 @@ def test_a_compiled_loss_has_the_same_gradients(case: Case, traced: list[torch.f
     assert len(traced) == 2 * graphs >= 8
     for (name, plain), other in zip(model.named_parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(other.grad, plain.grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+class Code:
+    """What a backend makes of a graph."""
+
+    def __init__(self, graph: torch.fx.GraphModule, inputs: Any) -> None:
+        self.call = graph.forward
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.call(*inputs)
+
+
+def test_code_lives_as_long_as_the_loss_it_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recorded pass replays its kernels, which go with it; dynamo forgets it where another model is compiled."""
+    made = list[weakref.ref[Code]]()
+
+    def generate(*given: Any) -> Code:
+        code = Code(*given)
+        made.append(weakref.ref(code))
+        return code
+
+    monkeypatch.setattr(compiling, "generate", generate)
+    tokens = tokens_of(2, 9)
+    first, second = (compiling.compiled_loss(tiny(Case(name, ()))) for name in ("transformer", "rwkv"))
+    first(tokens[:, :-1], tokens[:, 1:]).backward()
+    count = len(made)
+    torch._dynamo.reset()
+    second(tokens[:, :-1], tokens[:, 1:]).backward()
+    gc.collect()
+    assert len(made) > count >= 4
+    assert all(each() is not None for each in made)
+    del first
+    torch._dynamo.reset()
+    gc.collect()
+    assert [each() is None for each in made] == [True] * count + [False] * (len(made) - count)
 
 
 @pytest.mark.parametrize("in_place", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,15 +11,29 @@ from torch import Tensor
 from zoo.model import LanguageModel
 
 
+def generate(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+    """torch.compile's own backend."""
+    from torch._inductor.compile_fx import compile_fx  # seconds of imports, for who compiles
+
+    return compile_fx(graph, inputs)
+
+
 def compiled_loss(model: LanguageModel) -> Callable[..., Tensor]:
     """`model.loss` in four graphs: what is before the blocks, the first, one whose code serves all others, the end.
 
     As one graph it takes as long to run, and longer to compile the more layers there are. Shapes are built in: two at
-    most, of a micro-batch and of a shorter last one.
+    most, of a micro-batch and of a shorter last one. The code lives as long as what is returned: where another model is
+    compiled dynamo forgets it, and a CUDA graph that replays its kernels would find them unloaded.
     """
     _begin_anew()
-    begin, end = torch.compile(model.begin, dynamic=False), torch.compile(model.end, dynamic=False)
-    blocks = [torch.compile(block.forward, dynamic=False) for block in model.blocks]
+    kept = list[Any]()
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        kept.append(generate(graph, inputs))
+        return kept[-1]
+
+    begin, end = (torch.compile(part, backend=keep, dynamic=False) for part in (model.begin, model.end))
+    blocks = [torch.compile(block.forward, backend=keep, dynamic=False) for block in model.blocks]
 
     def loss(tokens: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         model.check_length(tokens.shape[1])
