@@ -24,9 +24,9 @@ from zoo.ops import aft
 from zoo.revision import source_commit
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-SMALL = {"causal_attention": (2, 32, 32), "aft_full": (1, 24, 24), "aft_simple": (1, 24, 24), "aft_local": (1, 24, 24),
-         "add_norm": (1, 24, 24), "token_mix": (1, 24, 24), "ddlerp": (1, 24, 24), "squared_relu": (1, 24, 40),
-         "linear_cross_entropy": (1, 24, 300)}
+SMALL = {"causal_attention": (2, 32, 32), **{op: (1, 24, 24) for op in (
+    "aft_full", "aft_simple", "aft_local", "aft_full_learnt", "aft_local_learnt", "add_norm", "token_mix", "ddlerp")},
+    "squared_relu": (1, 24, 40), "linear_cross_entropy": (1, 24, 300)}
 
 
 def small(op: str, T: int = 150) -> Case:
@@ -49,7 +49,7 @@ def test_shapes_on_a_gpu(op: str) -> None:
         assert {(case.B * case.T, case.K, case.V) for case in found} == {
             (32768, 768, 8192), (16384, 768, 50304), (32768, 512, 256)}
     elif op in ("rotary_attention", "summary_attention", "add_norm", "norm_gate", "token_mix", "ddlerp",
-                "squared_relu"):
+                "squared_relu", "aft_full_learnt", "aft_local_learnt"):
         assert [(case.B, case.T) for case in found] == [(32, 1024)]
     else:
         assert tuple(case.T for case in swept) == LENGTHS
@@ -77,6 +77,18 @@ def test_the_published_shapes_are_among_them() -> None:
     assert has("aft_full", 32, 1024, 1, 512, 512)
     assert has("aft_full", 8, 4096, 1, 1024, 1024)
     assert has("aft_simple", 32, 1024, 1, 512, 512)
+
+
+def test_learnt_keys() -> None:
+    """As wide as those of the published weights of AFT, in units of log2; all else is as for fresh keys."""
+    case = Case("aft_local_learnt", 16, 1024, 1, 256, 256, torch.float32)
+    learnt, fresh = build(case, CPU).inputs, build(dataclasses.replace(case, op="aft_local"), CPU).inputs
+    x = learnt["k"].detach() * 1.4427
+    by_channel = x.std((0, 1))
+    assert 3 < x.std() < 5
+    assert 35 < x.max() < 70
+    assert by_channel.min() < 2 < 8 < by_channel.max()
+    assert all(torch.equal(learnt[name], fresh[name]) for name in ("q", "v", "bias"))
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from zoo.bench import ops_aft
 from zoo.errors import ZooError
 from zoo.ops import (
     add_norm,
@@ -91,7 +92,7 @@ class Problem:
     def bytes(self, direction: str) -> float:
         """Least traffic: inputs read and the output written; backward, both read but the output, gradients written."""
         inputs = sum(x.nbytes for x in self.inputs.values())
-        if self.case.op == "aft_full":
+        if self.case.op.startswith("aft_full"):
             inputs -= self.inputs["bias"].nbytes // 2  # the future's biases are nobody's
         outputs = sum(y.nbytes for y in self.dy)
         if direction == DIRECTIONS[0]:
@@ -262,13 +263,27 @@ _OPS = {
         lambda case: 2.0 * case.T * case.K * case.V,
         trained=("inner", "outer"), like=lambda x: (x["x"],), autocast=True),
 }
+
+
+def _learnt(op: _Op) -> _Op:
+    """The same with keys as training leaves them: what its kernels do may depend on them."""
+    def inputs(case: Case, randn: Callable[..., Tensor]) -> dict[str, Tensor]:
+        found = op.inputs(case, randn)
+        return found | {"k": ops_aft.learnt(found["k"])}
+
+    return replace(op, inputs=inputs)
+
+
+_OPS |= {f"{op}_learnt": _learnt(_OPS[op]) for op in ("aft_full", "aft_local")}
 OPS = tuple(_OPS)
 
 # Heads and widths along all lengths, at 32,768 tokens; then single shapes: those that others have published figures
 # for, and those of ops that are measured at no other.
+_LEARNT = "aft_full_learnt", "aft_local_learnt"
 _SWEPT = {"causal_attention": [(16, 64, 64), (8, 128, 128)], "aft_full": [(1, 512, 512)], "aft_simple": [(1, 512, 512)],
           "aft_local": [(1, 512, 512)], "rotary_attention": [], "summary_attention": [], "linear_cross_entropy": [],
-          "add_norm": [], "norm_gate": [], "token_mix": [], "ddlerp": [], "squared_relu": []}
+          "add_norm": [], "norm_gate": [], "token_mix": [], "ddlerp": [], "squared_relu": [],
+          **{op: [] for op in _LEARNT}}
 _SINGLE = {
     "causal_attention": [(16384 // T, T, *kind) for kind in ((16, 64, 64), (8, 128, 128)) for T in (1024, 4096, 16384)],
     "linear_attention": [(32, 1024, 8, 256, 64)],
@@ -276,10 +291,10 @@ _SINGLE = {
     "aft_full": [(8, 4096, 1, 1024, 1024)],
     "linear_cross_entropy": [(32, 1024, 1, 768, 8192), (16, 1024, 1, 768, 50304), (32, 1024, 1, 512, 256)],
     **{op: [(32, 1024, 8, 64, 64)] for op in ("rotary_attention", "summary_attention", "norm_gate")},
-    **{op: [(32, 1024, 1, 512, 512)] for op in ("add_norm", "token_mix", "ddlerp")},
+    **{op: [(32, 1024, 1, 512, 512)] for op in ("add_norm", "token_mix", "ddlerp", *_LEARNT)},
     "squared_relu": [(32, 1024, 1, 512, 1792)],
 }
-_CHANNELS = "aft_full", "aft_simple", "aft_local", "add_norm", "token_mix", "ddlerp", "squared_relu"
+_CHANNELS = "aft_full", "aft_simple", "aft_local", "add_norm", "token_mix", "ddlerp", "squared_relu", *_LEARNT
 TOKENS, CPU_TOKENS = 32768, 512
 
 

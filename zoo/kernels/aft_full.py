@@ -134,7 +134,7 @@ def columns_kernel(q, k, v, dy, y, inv, ab, dk, dv, table, planes, flags, cu_seq
     row = (i_t * BT + o_k)[:, None].to(tl.int64)
     mask = (row < length) & (o_c < C)[None, :]
     b_k = tl.load(k + i_b * k_b + (start + row) * k_t + o_c[None, :], mask=mask, other=0).to(tl.float32)
-    p = power(b_k, level)
+    p = power(b_k, level, inv.dtype.element_ty == tl.float32)
     b_dv *= p
     b_rest *= p
     if slow > 0:

@@ -67,7 +67,7 @@ def forward_kernel(q, k, v, y, inv, table, far, planes, flags, cu_seqlens, block
         b_k = tl.load(k + i_b * k_b + (start + row) * k_t + o_c[None, :], mask=mask, other=float("-inf"))
         b_v = tl.load(v + i_b * v_b + (start + row) * v_t + o_c[None, :], mask=mask, other=0).to(tl.float32)
         b_a = tl.load(p_table + (j - i_t + NB) * BT)
-        p = power(b_k.to(tl.float32), ref)
+        p = power(b_k.to(tl.float32), ref, inv.dtype.element_ty == tl.float32)
         b_num = dot(b_a, (p * b_v).to(b_a.dtype), b_num, PRECISION)
         b_den = dot(b_a, p.to(b_a.dtype), b_den, PRECISION)
     if slow > 0:
@@ -122,7 +122,7 @@ def seen_by(p_ab, p_plane, level, plane, d, there, Cp, BT: tl.constexpr):
 
 @triton.jit
 def keys_of(k, v, planes, i_n, i_c, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, d_t, BT: tl.constexpr,
-            BC: tl.constexpr, DOCUMENTS: tl.constexpr):
+            BC: tl.constexpr, EXACT: tl.constexpr, DOCUMENTS: tl.constexpr):
     """exp2(x - l_j) of block i_t of row or document i_n, as such and with v; where gradients go; the row's length."""
     i_b, start, length, chunk = document(cu_seqlens, i_n.to(tl.int64), T, P, BT, DOCUMENTS)
     o_c = i_c * BC + tl.arange(0, BC)
@@ -131,7 +131,7 @@ def keys_of(k, v, planes, i_n, i_c, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b,
     b_k = tl.load(k + i_b * k_b + (start + row) * k_t + o_c[None, :], mask=mask, other=float("-inf")).to(tl.float32)
     b_v = tl.load(v + i_b * v_b + (start + row) * v_t + o_c[None, :], mask=mask, other=0).to(tl.float32)
     level = tl.load(planes + (chunk + i_t) * Cp + o_c, mask=i_t * BT < length, other=0)
-    p = power(b_k, level)
+    p = power(b_k, level, EXACT)
     return p, p * b_v, level, o_c, (i_b * T + start + row) * d_t + o_c[None, :], mask, chunk + i_t, length
 
 
@@ -143,6 +143,7 @@ def band_kernel(q, k, v, dy, y, inv, ab, seen, dk, dv, table, planes, flags, sum
     """dk, dv of a block of keys, tokens d_t apart; sums [shares, P, (NB + 1) BT] of dw_ts / A_ts of its rows."""
     share, i_t = tl.program_id(0) % shares, tl.program_id(0) // shares
     columns: tl.constexpr = (NB + 1) * BT
+    EXACT: tl.constexpr = inv.dtype.element_ty == tl.float32
     o_r = tl.arange(0, BT)
     plane = tl.cast(chunks, tl.int64) * Cp
     n, blocks = Cp // BC, tl.cdiv(P, BT)
@@ -159,7 +160,8 @@ def band_kernel(q, k, v, dy, y, inv, ab, seen, dk, dv, table, planes, flags, sum
     if dirty:
         for _ in tl.range(0, count, num_stages=1):
             p, p_v, level, o_c, at, mask, chunk, length = keys_of(
-                k, v, planes, i_n, i_c, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, d_t, BT, BC, DOCUMENTS)
+                k, v, planes, i_n, i_c, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, d_t, BT, BC, EXACT,
+                DOCUMENTS)
             i_n, i_c = before(i_n, i_c, row_step, channel_step, n)
             p_plane = planes + chunk * Cp + o_c
             p_ab = ab + (chunk * BT + o_r[:, None]) * Cp + o_c[None, :]
@@ -190,7 +192,8 @@ def band_kernel(q, k, v, dy, y, inv, ab, seen, dk, dv, table, planes, flags, sum
     else:  # the same where all factors are 1
         for _ in tl.range(0, count, num_stages=STAGES):
             p, p_v, level, o_c, at, mask, chunk, length = keys_of(
-                k, v, planes, i_n, i_c, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, d_t, BT, BC, DOCUMENTS)
+                k, v, planes, i_n, i_c, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, d_t, BT, BC, EXACT,
+                DOCUMENTS)
             i_n, i_c = before(i_n, i_c, row_step, channel_step, n)
             p_ab = ab + (chunk * BT + o_r[:, None]) * Cp + o_c[None, :]
             there, after, beyond = i_t * BT < length, (i_t + 1) * BT < length, (i_t + NB + 1) * BT < length
@@ -229,7 +232,7 @@ def band_kernel(q, k, v, dy, y, inv, ab, seen, dk, dv, table, planes, flags, sum
                 u = share + i * shares
                 p, p_v, level, o_c, at, mask, chunk, length = keys_of(
                     k, v, planes, u // n, u % n, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, d_t, BT, BC,
-                    DOCUMENTS)
+                    EXACT, DOCUMENTS)
                 p_ab = ab + (chunk * BT + o_r[:, None]) * Cp + o_c[None, :]
                 b_a, b_b, f = seen_by(p_ab, planes + chunk * Cp + o_c, level, plane, d, (i_t + d) * BT < length, Cp, BT)
                 w = dot(b_a, tl.trans((p_v * f[None, :]).to(b_a.dtype)), w, PRECISION)

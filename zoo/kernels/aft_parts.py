@@ -1,14 +1,16 @@
 """What AFT's kernels with position biases share: references of exponentials, tables, sums over blocks, factors.
 
-Keys are taken in units of log2: x = k log2(e). Every block j of BT tokens has, per channel, a level l_j that is no less
-than its keys, and exp2(x - l_j) is what enters a product as an operand. A level is a whole number, HEAD above the
-largest of the sequence's first keys, and stays that, unless a block has a larger key, when that block's is HEAD above
-its own. So factors between levels are powers of two, exact, and nearly always 1.
+Keys are taken in units of log2: x = k log2(e). Every block j of BT tokens has, per channel, a level l_j, and
+exp2(x - l_j) is what enters a product as an operand: at most exp2(HEAD). A level is a whole number, LIMIT above the
+sequence's first key, which every row sees, and stays that, unless a block has a key more than HEAD above, when that
+block's level is HEAD below its largest key. So factors between levels are powers of two, exact, and 1 in all channels
+whose keys rise by no more than LIMIT + HEAD above the first: those of a trained model do (docs/kernels/aft.md).
 
 Sums up to a row of block i are held as multiples of exp2(ref_i), ref_i the largest level so far. They underflow only
-where all keys up to a row lie far below: a row needs den >= exp2(-LIMIT) exp(FLOOR). Where the largest key before block
-i (for i = 0 the first key) is not within LIMIT of ref_i, the block is steep in that channel: its own keys then enter
-one by one with a running maximum that begins at ref_i, for such a block the largest level before it. ref never falls.
+where all keys up to a row lie far below: a row needs den >= exp2(-LIMIT) exp(FLOOR) = 2^-119. Where the largest key
+before block i (for i = 0 the first key) is not within LIMIT of ref_i, the block is steep in that channel: its own keys
+then enter one by one with a running maximum that begins at ref_i, for such a block the largest level before it. ref
+never falls. Nor do sums overflow, at exp2(HEAD) for each token, and gradients of 2^-30 over den stay in range.
 """
 
 from __future__ import annotations
@@ -23,11 +25,10 @@ from torch import Tensor
 from zoo.kernels._common import INTERPRETED, LOG2E, document_chunks, power_of_two
 
 FLOOR = tl.constexpr(-60.0)  # how far below the largest of its row a bias can count, in units of e
-HEAD = tl.constexpr(12.0)  # how far a new level stands above the keys that it is made from
+HEAD = tl.constexpr(80.0)  # how far above its level a key may be
 LIMIT = tl.constexpr(32.0)  # how far below ref_i all keys before a block of rows may be
-TINY = tl.constexpr(2.0**-12)  # exp2(-HEAD)
-LN2 = tl.constexpr(0.6931471805599453)
-FIRST = tl.constexpr(16)  # keys that make the first level
+LN2_HIGH = tl.constexpr(355 / 512)  # of 9 bits: whole numbers to 47,000 times it are exact
+LN2_LOW = tl.constexpr(0.6931471805599453 - 355 / 512)
 
 
 class Config(NamedTuple):
@@ -131,7 +132,7 @@ def opening(b_q):
 
 @triton.jit
 def gated(b_q, b_num, b_den, EXACT: tl.constexpr):
-    """sigmoid(q) num / den and 1 / den."""
+    """sigmoid(q) num / den and 1 / den; not EXACT: 0 where sigmoid(q) / den is under 2^-127."""
     by = opening(b_q)
     if EXACT:
         b_inv = 1 / b_den
@@ -142,12 +143,18 @@ def gated(b_q, b_num, b_den, EXACT: tl.constexpr):
 
 
 @triton.jit
-def power(b_k, level):
-    """exp2(x - level) of keys [rows, channels] that are no larger.
+def power(b_k, level, EXACT: tl.constexpr):
+    """exp2(x - level) of keys [rows, channels] no more than HEAD above; x - level is rounded as float32 rounds it.
 
-    The difference is taken first, and from HEAD lower, near the keys: there it is rounded the least.
+    EXACT: only what is left of x beyond a whole number is rounded, however far the level.
     """
-    return tl.exp2(tl.minimum((b_k - ((level - HEAD) * LN2)[None, :]) * LOG2E, HEAD)) * TINY
+    if EXACT:
+        whole = tl.floor(b_k * LOG2E + 0.5)
+        rest = (b_k - whole * LN2_HIGH - whole * LN2_LOW) * LOG2E
+        up = tl.minimum(whole - level[None, :], HEAD, propagate_nan=tl.PropagateNan.ALL)
+        return tl.where(up < -160, 0.0, tl.exp2(tl.minimum(rest, 1.0)) * tl.exp2(up))
+    else:
+        return tl.exp2(tl.minimum(b_k * LOG2E - level[None, :], HEAD, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit

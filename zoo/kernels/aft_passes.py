@@ -10,7 +10,6 @@ from torch import Tensor
 
 from zoo.kernels._common import INTERPRETED, LOG2E, power_of_two
 from zoo.kernels.aft_parts import (
-    FIRST,
     FLOOR,
     HEAD,
     LIMIT,
@@ -68,19 +67,18 @@ def prepare_kernel(k, v, pairs, planes, cu_seqlens, blocks, slots, T, P, C, Cp, 
     if i_t * BT >= length:
         return
     chunk += i_t
-    o_c, o_t, o_f = i_c * BC + tl.arange(0, BC), tl.arange(0, BT), tl.arange(0, FIRST)
+    o_c, o_t = i_c * BC + tl.arange(0, BC), tl.arange(0, BT)
     m_c = (o_c < C)[None, :]
-    p_k = k + i_b * k_b + start * k_t + o_c[None, :]
+    p_k = k + i_b * k_b + start * k_t + o_c
     row = (i_t * BT + o_t)[:, None].to(tl.int64)
     m_t = row < length
-    b_f = tl.load(p_k + o_f[:, None].to(tl.int64) * k_t, mask=(o_f[:, None] < length) & m_c, other=0).to(tl.float32)
-    b_k = tl.load(p_k + row * k_t, mask=m_t & m_c, other=0).to(tl.float32)
+    first = tl.floor(tl.load(p_k, mask=o_c < C, other=0).to(tl.float32) * LOG2E) + LIMIT
+    b_k = tl.load(p_k[None, :] + row * k_t, mask=m_t & m_c, other=0).to(tl.float32)
     b_v = tl.load(v + i_b * v_b + (start + row) * v_t + o_c[None, :], mask=m_t & m_c, other=0).to(tl.float32)
-    first = tl.ceil(tl.max(tl.where(o_f[:, None] < length, b_f * LOG2E, float("-inf")), 0)) + HEAD
     b_k = tl.where(m_t, b_k, float("-inf"))
     top = tl.max(b_k, 0) * LOG2E
-    level = tl.where(top > first, tl.ceil(top) + HEAD, first)
-    b_p = power(b_k, level)
+    level = tl.maximum(first, tl.ceil(top) - HEAD)
+    b_p = power(b_k, level, pairs.dtype.element_ty == tl.float32)
     p_plane = planes + chunk * Cp + o_c
     plane = tl.cast(chunks, tl.int64) * Cp
     tl.store(p_plane, level)
@@ -189,10 +187,12 @@ def rows_kernel(q, k, dy, y, inv, dq, ab, planes, flags, seen, far, cu_seqlens, 
     p_dq = dq + (i_b * T + start + row) * dq_t + o_c[None, :]
     tl.store(p_dq, (b_b * (1 - gate)).to(dq.dtype.element_ty), mask=mask)
     plane = tl.cast(chunks, tl.int64) * Cp
-    if raised(flags, chunk, i_c, Cp, BC, FLAG):  # steep, perhaps
-        ref = tl.load(planes + plane + chunk * Cp + o_c)
+    if raised(flags, chunk, i_c, Cp, BC, FLAG):
+        p_level = planes + chunk * Cp + o_c
+        ref = tl.load(p_level + plane)
+        steep = tl.max((ref < tl.load(p_level)).to(tl.int32), 0) > 0
         b_m = tl.zeros([BS, BC], tl.float32) + ref[None, :]
-        for i_s in range(0, tl.minimum(part + BS, length - i_t * BT)):
+        for i_s in range(0, tl.where(steep, tl.minimum(part + BS, length - i_t * BT), 0)):
             p_x = k + i_b * k_b + (start + i_t * BT + i_s) * k_t + o_c
             b_x = tl.load(p_x, mask=o_c < C, other=0).to(tl.float32)[None, :] * LOG2E
             b_m = tl.where(o_t[:, None] >= i_s, tl.maximum(b_m, b_x), b_m)

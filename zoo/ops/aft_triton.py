@@ -180,7 +180,7 @@ def _test(op: str, device: torch.device, dtype: torch.dtype) -> float:
 
     length, generator = 300, torch.Generator().manual_seed(0)
     q, k, v, dy = torch.randn(4, 2, length, 40, generator=generator, dtype=torch.float64).unbind()
-    k[1, length // 2] = 60
+    k[1, length // 2] = 120
     q, k, v, dy = (x.to(device, dtype) for x in (q, k, v, dy))
     columns = {"full": length, "local": 20}[op]
     bias = torch.randn(length, columns, generator=generator).to(device)
