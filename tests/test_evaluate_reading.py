@@ -239,7 +239,7 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (["@rwkv", "--data", "pile"], "unknown data 'pile'; allowed: enwik8, fineweb_edu, lambada, novels, stdlib"),
     (["@rwkv", "--data", "novels", "--path", "@nowhere"], "does not exist"),
     (["@rwkv", "--data", "lambada", "--path", "@"], "holds no data/lambada_test.jsonl"),
-    (["@rwkv"], "nothing to measure on is given; allowed: --data NAME"),
+    (["@rwkv"], "nothing to measure on is given; allowed: --data NAME, --tasks NAMES"),
     (["@rwkv", "--data", "text", "--path", "@book.txt", "--split", "dev"], "unknown split 'dev'; allowed: test, train"),
     (["@rwkv", "--data", "text", "--path", "@book.txt", "--split", "train"], "a file has no splits here"),
     (["@rwkv", "--data", "text", "--path", "@book.txt", "--stride", "0"], "a stride of 0 tokens is not allowed: 1 to"),
@@ -280,6 +280,16 @@ def test_too_little_memory_says_what_to_lower(folder: Path, capsys: pytest.Captu
     status, _, err = call(capsys, folder, "@rwkv", "--data", "text", "--path", "@book.txt", "--device", "cpu", *words)
     assert status == 2
     assert message in err
+    assert err.count("\n") == 1
+
+
+def test_tasks_want_a_package(folder: Path, capsys: pytest.CaptureFixture[str],
+                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "zoo.harness", raising=False)
+    status, _, err = call(capsys, folder, "@rwkv", "--tasks", "lambada_openai")
+    assert status == 2
+    assert err.startswith("error: tasks need the package lm_eval: pip install 'zoo-lm[eval]' (")
     assert err.count("\n") == 1
 
 

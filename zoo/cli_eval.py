@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +13,8 @@ from zoo.errors import ZooError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from zoo.evaluation import Reading
+    from zoo.evaluation import Excerpt, Reading
+    from zoo.pretrained import PretrainedModel
 
 
 def register(app: typer.Typer) -> None:
@@ -34,45 +35,72 @@ def eval_command(
                                                                  "memory.")] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bf16 as training on a GPU does, not in float32.")] =
         False,
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, with commas: lambada_openai, ...")] = "",
+    task_folder: Annotated[Path | None, typer.Option(help="Where yaml files of further tasks lie.")] = None,
+    fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in a task's prompt; none: as it says.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many documents of a task.")] = None,
     cache: Annotated[str | None, typer.Option(help="Where prepared tokens are kept; ~/.cache/zoo if not said.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write everything into this file.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one.")] = "auto",
 ) -> None:
-    """Measure a model on a text.
+    """Measure a model on a text, or on tasks.
 
     Bits per byte over every byte once, perplexity of a token and of a word, the loss by position and context length.
+    Tasks are lm-evaluation-harness's own (pip install 'zoo-lm[eval]'); it fetches their data.
     """
-    from rich.progress import Progress
-
-    from zoo.evaluation import open_excerpt, read, write_json
+    from zoo.evaluation import write_json
     from zoo.pretrained import find_device, load_pretrained
 
-    if data is None:
-        raise ZooError("nothing to measure on is given; allowed: --data NAME")
+    if data is None and not tasks:
+        raise ZooError("nothing to measure on is given; allowed: --data NAME, --tasks NAMES, or both")
     if json is not None and not json.parent.is_dir():  # before anything is measured
         raise ZooError(f"cannot write {json}: no such folder")
     sizes, strides = _whole("--lengths", lengths), _whole("--stride", stride)
     loaded = load_pretrained(model, device=find_device(device))
-    place = loaded.head.weight.device
-    readings: list[Reading] = []
+    precision, place = "bf16" if bf16 else "float32", str(loaded.head.weight.device)
+    headline = (f"{model}: {loaded.num_parameters():,} parameters, trained at T={loaded.config.seq_len}; "
+                f"{precision} on {place}")
+    found: dict[str, Any] = {"model": model, "device": place, "precision": precision}
+    if data is not None:
+        excerpt, readings = _read(loaded, data, path, split, cache, tokens, strides, sizes, carried, batch_tokens, bf16)
+        what = "all" if data == "text" else f"the {split} split"
+        print(f"{headline}\n{what} of {data}{f', its first {tokens:,} tokens' if tokens else ''}: {excerpt.bytes:,} "
+              f"bytes, {excerpt.words:,} words, {readings[0].found.tokens:,} tokens")
+        _console().print(_table(readings), _by_position(readings))
+        found |= {"data": excerpt.about, "readings": [reading.to_dict() for reading in readings]}
+    if tasks:
+        from zoo.harness import run_tasks
+
+        results = run_tasks(loaded, [name.strip() for name in tasks.split(",")], folder=task_folder, fewshot=fewshot,
+                            limit=limit, max_length=sizes[0] if sizes else None, batch_tokens=batch_tokens, bf16=bf16)
+        if data is None:
+            print(headline)
+        for task, values in results["results"].items():
+            for name, value in values.items():
+                if isinstance(value, float) and "_stderr" not in name:
+                    error = values.get(name.replace(",", "_stderr,", 1))
+                    print(f"{task}: {name.partition(',')[0]} {value:.4f}"
+                          f"{f' +- {error:.4f}' if isinstance(error, float) else ''}")
+        found["tasks"] = {key: results[key] for key in ("results", "versions", "n-shot", "n-samples")}
+    if json is not None:
+        write_json(json, found)
+
+
+def _read(loaded: PretrainedModel, data: str, path: str | None, split: str, cache: str | None, tokens: int | None,
+          strides: list[int], sizes: list[int], carried: bool, batch_tokens: int | None,
+          bf16: bool) -> tuple[Excerpt, list[Reading]]:
+    """Open and read a corpus, with a bar on the terminal."""
+    from rich.progress import Progress
+
+    from zoo.evaluation import open_excerpt, read
+
     with Progress(console=_console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(data, total=None)
         excerpt = open_excerpt(data, loaded.tokenizer, path=path, split=split, cache=cache, limit=tokens,
                                progress=lambda done, total: bar.update(task, completed=done, total=total))
-        for reading in read(loaded, excerpt, strides=strides, lengths=sizes, carried=carried,
-                            batch_tokens=batch_tokens, bf16=bf16,
-                            progress=lambda how, done, total: bar.update(task, description=how, completed=done,
-                                                                         total=total)):
-            readings.append(reading)
-    precision = "bf16" if bf16 else "float32"
-    what = "all" if data == "text" else f"the {split} split"
-    print(f"{model}: {loaded.num_parameters():,} parameters, trained at T={loaded.config.seq_len}\n"
-          f"{what} of {data}{f', its first {tokens:,} tokens' if tokens else ''}: {excerpt.bytes:,} bytes, "
-          f"{excerpt.words:,} words, {readings[0].found.tokens:,} tokens; {precision} on {place}")
-    _console().print(_table(readings), _by_position(readings))
-    if json is not None:
-        write_json(json, {"model": model, "data": excerpt.about, "device": str(place), "precision": precision,
-                          "readings": [reading.to_dict() for reading in readings]})
+        return excerpt, list(read(
+            loaded, excerpt, strides=strides, lengths=sizes, carried=carried, batch_tokens=batch_tokens, bf16=bf16,
+            progress=lambda how, done, total: bar.update(task, description=how, completed=done, total=total)))
 
 
 def _table(readings: list[Reading]) -> object:

@@ -121,9 +121,9 @@ def read_windows(model: LanguageModel, tokens: np.ndarray, seq_len: int, stride:
     """
     model.check_length(seq_len)
     device = model.head.weight.device
-    rows = max(1, (batch_tokens or _at_once(device)) // seq_len)
+    rows = max(1, (batch_tokens or at_once(device)) // seq_len)
     tally, done = Tally(seq_len, device), 0
-    with _reading(model, bf16):
+    with reading(model, bf16):
         for inputs, wanted in evaluation_windows(tokens, seq_len, rows, stride):
             targets = torch.from_numpy(wanted).to(device)
             tally.add(model.loss(torch.from_numpy(inputs).to(device), targets, reduction="none"), targets)
@@ -148,10 +148,10 @@ def read_carried(model: LanguageModel, tokens: np.ndarray, separator: int = 0, *
     longest, device = int(lengths.max()), model.head.weight.device
     model.check_length(longest)
     piece = min(piece, longest)
-    rows = max(1, (batch_tokens or _at_once(device)) // piece)
+    rows = max(1, (batch_tokens or at_once(device)) // piece)
     tally, done, order = Tally(longest, device), 0, np.argsort(-lengths, kind="stable")
     order = order[lengths[order] > 0]
-    with _reading(model, bf16):
+    with reading(model, bf16):
         for first in range(0, len(order), rows):
             group = order[first:first + rows]
             room = int(lengths[group[0]])
@@ -189,12 +189,13 @@ def _nats(logits: Tensor, targets: Tensor) -> Tensor:
     return losses.view(targets.shape)
 
 
-def _at_once(device: torch.device) -> int:
+def at_once(device: torch.device) -> int:
+    """Tokens that go through a model together, if it is not said how many."""
     return AT_ONCE.get(device.type, AT_ONCE["cpu"])
 
 
 @contextmanager
-def _reading(model: LanguageModel, bf16: bool) -> Iterator[None]:
+def reading(model: LanguageModel, bf16: bool) -> Iterator[None]:
     """The model as it is measured: no dropout, no gradients; afterwards as it was."""
     training = model.training
     model.eval()

@@ -138,14 +138,14 @@ def read(model: LanguageModel, excerpt: Excerpt, *, strides: Sequence[int] = (),
     for length, stride in dict.fromkeys(wanted):
         how = f"windows of {length}" + (f", stride {stride}" if stride else "")
         tell = None if progress is None else _named(progress, how)
-        with _enough_memory(model, batch_tokens, length):
+        with enough_memory(model, batch_tokens, length):
             begun = time.perf_counter()
             tally = read_windows(model, excerpt.tokens, length, stride, batch_tokens=batch_tokens, bf16=bf16,
                                  progress=tell)
             found = tally.result(excerpt.bytes, doublings(length))
         yield Reading(how, length, stride, found, excerpt.words, time.perf_counter() - begun)
     if carried:
-        with _enough_memory(model, batch_tokens, 1):
+        with enough_memory(model, batch_tokens, 1):
             begun = time.perf_counter()
             tally = read_carried(model, excerpt.tokens, excerpt.separator, batch_tokens=batch_tokens, bf16=bf16,
                                  progress=None if progress is None else _named(progress, "carried"))
@@ -177,7 +177,7 @@ def _named(progress: Callable[[str, int, int], object], how: str) -> Callable[[i
 
 
 @contextmanager
-def _enough_memory(model: LanguageModel, batch_tokens: int | None, least: int) -> Iterator[None]:
+def enough_memory(model: LanguageModel, batch_tokens: int | None, least: int) -> Iterator[None]:
     """What to do where memory runs out. `least`: tokens that go through the model at once in any case."""
     device = model.head.weight.device
     try:
