@@ -2,17 +2,20 @@
 
     low = tanh((x + (x' - x) base) down),    m_z = mix_z + low_z up_z,    y_z = x + (x' - x) m_z
 
-down [D, 5 R] and up [5, R, D], R 16 or 32: forward the products are a tile's, and neither m nor what is multiplied
-with down is ever in memory. Backward, with dm_z = dy_z (x' - x),
+down [D, 5 R] and up [5, R, D], R 16 or 32. x' is a row of x like any other: with two matrices one under the other,
+W = [(1 - base) down^T; base down^T], low is tanh of one long product, (x, x') W^T. Neither m nor the mixture that low
+is of is ever in memory. Backward, with dm_z = dy_z (x' - x) and dpre = dlow (1 - low^2),
 
-    dlow_z = dm_z up_z^T,   dup_z = low_z^T dm_z,                 dmix_z = sum dm_z
-    dlerp = dpre down^T,    ddown = (x + (x' - x) base)^T dpre,   dbase = sum dlerp (x' - x),   dpre = dlow (1 - low^2)
-    dx_t = sum_z dy_zt (1 - m_zt) + dy_z,t+1 m_z,t+1 + dlerp_t (1 - base) + dlerp_t+1 base
+    dlow_z = dm_z up_z^T,    dup_z = low_z^T dm_z,    dmix_z = sum dm_z
+    dx_t = sum_z dy_zt (1 - m_zt) + dy_z,t+1 m_z,t+1 + (dpre_t, dpre_t+1) W
+    ddown = G_0 + base (G_1 - G_0),    dbase = sum_c down (G_1 - G_0),    (G_0, G_1) = x^T (dpre_t, dpre_t+1)
 
 `inputs_kernel` has the sums over z, and writes dm; `up_kernel` has the first line, of segments of tokens, from one read
-of dm; beside low_z it has a 1, which makes dmix a row of dup. `down_kernel` has ddown, and writes dpre for dlerp's
-product; token_mix's kernel adds dlerp's part to dx. To have dm in registers alone took twice as long: each of its
-numbers was made by more instructions than the bytes are worth, as what multiplies it is wanted in three layouts.
+of dm; beside low_z it has a 1, which makes dmix a row of dup. `pre_kernel` writes (dpre_t, dpre_t+1), 0 where another
+row or document begins; the rest is two products of cuBLAS with it. To have dm in registers alone took twice as long:
+each of its numbers was made by more instructions than the bytes are worth, as it is multiplied in three layouts.
+
+Memory is far: a kernel asks for all it will read before it computes with any of it.
 """
 
 from __future__ import annotations
@@ -24,8 +27,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from zoo.kernels._common import INTERPRETED, cdiv, dot, power_of_two
-from zoo.kernels.token_mix import backward as lerp_backward
-from zoo.kernels.token_mix import firsts, moved, pair, pick
+from zoo.kernels.token_mix import begins, firsts, moved, pair, pick
 
 Z = tl.constexpr(5)
 
@@ -56,30 +58,53 @@ def matrix(p, o_i, o_j, N, M):
                    other=0.0)
 
 
+@triton.jit
+def weights_kernel(p_base, p_down, p_w, D, C, BC: tl.constexpr, BD: tl.constexpr):
+    """W [2, C, D] of base [D], down [D, C]."""
+    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    b_down = tl.trans(matrix(p_down, o_d, o_c, D, C)).to(tl.float32)
+    b_base = vector(p_base, o_d, D)
+    m = (o_c < C)[:, None] & (o_d < D)[None, :]
+    to = p_w + o_c[:, None] * D + o_d[None, :]
+    tl.store(to, ((1.0 - b_base) * b_down).to(p_w.dtype.element_ty), mask=m)
+    tl.store(to + C * D, (b_base * b_down).to(p_w.dtype.element_ty), mask=m)
+
+
 @triton.jit(do_not_specialize=["N", "T", "documents"])
-def low_kernel(p_x, p_base, p_down, p_first, p_low, N, T, D, C, documents, BT: tl.constexpr, BD: tl.constexpr,
-               BC: tl.constexpr, PRECISION: tl.constexpr):
+def low_kernel(p_x, p_w, p_first, p_low, N, T, D, C, documents, BT: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr,
+               PRECISION: tl.constexpr):
     """low [N, 5 R] of a tile of tokens."""
     o_n = tl.program_id(0) * BT + tl.arange(0, BT)
     o_c = tl.arange(0, BC)
+    inner = (o_n < N) & (begins(p_first, o_n, N, T, documents) == 0)
     b_low = tl.zeros([BT, BC], tl.float32)
-    for i in range(0, D, BD):
-        o_d = i + tl.arange(0, BD)
-        b_x, b_delta, _ = pair(p_x, p_first, o_n, o_d, N, T, D, documents)
-        b_lerp = (b_x + b_delta * vector(p_base, o_d, D)).to(p_x.dtype.element_ty)
-        b_low = dot(b_lerp, matrix(p_down, o_d, o_c, D, C).to(b_lerp.dtype), b_low, PRECISION)
+    steps = tl.cdiv(D, BD)
+    for i in range(0, 2 * steps):
+        before = i // steps  # first x, then x'
+        o_d = (i - before * steps) * BD + tl.arange(0, BD)
+        m_n = tl.where(before > 0, inner, o_n < N)
+        b_x = tl.load(p_x + (o_n.to(tl.int64) - before)[:, None] * D + o_d[None, :],
+                      mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
+        b_w = tl.load(p_w + (before * C + o_c)[None, :] * D + o_d[:, None],
+                      mask=(o_d < D)[:, None] & (o_c < C)[None, :], other=0.0)
+        b_low = dot(b_x, b_w, b_low, PRECISION)
     p_low += o_n.to(tl.int64)[:, None] * C + o_c[None, :]
     tl.store(p_low, tanh(b_low).to(p_low.dtype.element_ty), mask=(o_n < N)[:, None] & (o_c < C)[None, :])
 
 
 @triton.jit
-def mixing(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, i_z: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-           PRECISION: tl.constexpr):
+def parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, i_z: tl.constexpr):
+    """What m_z is computed of: low_z [BT, BR], up_z [BR, BD], mix_z [1, BD]."""
+    b_low = tl.load(p_low + o_n.to(tl.int64)[:, None] * (R * Z) + i_z * R + o_r[None, :],
+                    mask=(o_n < N)[:, None] & (o_r < R)[None, :], other=0.0)
+    return b_low, matrix(p_up + i_z * R * D, o_r, o_d, R, D), vector(p_mix + i_z * D, o_d, D)
+
+
+@triton.jit
+def mixing(b_low, b_up, b_mix, PRECISION: tl.constexpr):
     """m_z [BT, BD]."""
-    p_low += o_n.to(tl.int64)[:, None] * (R * Z) + i_z * R + o_r[None, :]
-    b_low = tl.load(p_low, mask=(o_n < N)[:, None] & (o_r < R)[None, :], other=0.0)
-    b_up = matrix(p_up + i_z * R * D, o_r, o_d, R, D).to(b_low.dtype)
-    return dot(b_low, b_up, tl.zeros([BT, BD], tl.float32), PRECISION) + vector(p_mix + i_z * D, o_d, D)
+    return dot(b_low, b_up.to(b_low.dtype), tl.zeros([b_low.shape[0], b_up.shape[1]], tl.float32), PRECISION) + b_mix
 
 
 @triton.jit(do_not_specialize=["N", "T", "documents"])
@@ -89,34 +114,44 @@ def forward_kernel(p_x, p_mix, p_low, p_up, p_first, y0, y1, y2, y3, y4, N, T, D
     o_n = tl.program_id(0) * BT + tl.arange(0, BT)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     o_r = tl.arange(0, BR)
+    read = (parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, 0), parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, 1),
+            parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, 2), parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, 3),
+            parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, 4))
     b_x, b_delta, _ = pair(p_x, p_first, o_n, o_d, N, T, D, documents)
     o_y = o_n.to(tl.int64)[:, None] * D + o_d[None, :]
     m_y = (o_n < N)[:, None] & (o_d < D)[None, :]
     for i_z in tl.static_range(Z):
         p_y = pick(y0, y1, y2, y3, y4, i_z)
-        b_m = mixing(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, i_z, BT, BD, PRECISION)
-        tl.store(p_y + o_y, (b_x + b_delta * b_m).to(p_y.dtype.element_ty), mask=m_y)
+        b_low, b_up, b_mix = read[i_z]
+        tl.store(p_y + o_y, (b_x + b_delta * mixing(b_low, b_up, b_mix, PRECISION)).to(p_y.dtype.element_ty), mask=m_y)
 
 
 @triton.jit(do_not_specialize=["N", "T", "documents"])
 def inputs_kernel(p_x, p_mix, p_low, p_up, p_first, dy0, dy1, dy2, dy3, dy4, p_dm, p_dx, N, T, D, R, documents,
                   BT: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr):
-    """Of BT - 1 tokens dm [5, N, D], and dx but for the part of dlerp."""
+    """Of BT - 1 tokens dm [5, N, D], and dx but for the part of low."""
     o_i = tl.arange(0, BT)
     o_n = tl.program_id(0) * (BT - 1) + o_i
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     o_r = tl.arange(0, BR)
     OP: tl.constexpr = p_x.dtype.element_ty
-    _, b_delta, first = pair(p_x, p_first, o_n, o_d, N, T, D, documents)
     o_y = o_n.to(tl.int64)[:, None] * D + o_d[None, :]
     m_y = (o_n < N)[:, None] & (o_d < D)[None, :]
     m_own = m_y & (o_i < BT - 1)[:, None]
+    dys = (tl.load(dy0 + o_y, mask=m_y, other=0.0), tl.load(dy1 + o_y, mask=m_y, other=0.0),
+           tl.load(dy2 + o_y, mask=m_y, other=0.0), tl.load(dy3 + o_y, mask=m_y, other=0.0),
+           tl.load(dy4 + o_y, mask=m_y, other=0.0))
+    read = (parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, 0), parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, 1),
+            parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, 2), parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, 3),
+            parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, 4))
+    _, b_delta, first = pair(p_x, p_first, o_n, o_d, N, T, D, documents)
     b_dx = tl.zeros([BT, BD], tl.float32)
     b_before = tl.zeros([BT, BD], tl.float32)  # for the token before
     for i_z in tl.static_range(Z):
-        b_dy = tl.load(pick(dy0, dy1, dy2, dy3, dy4, i_z) + o_y, mask=m_y, other=0.0).to(tl.float32)
+        b_dy = dys[i_z].to(tl.float32)
         tl.store(p_dm + i_z * N.to(tl.int64) * D + o_y, (b_dy * b_delta).to(OP), mask=m_own)
-        b_dy_m = b_dy * mixing(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, i_z, BT, BD, PRECISION)
+        b_low, b_up, b_mix = read[i_z]
+        b_dy_m = b_dy * mixing(b_low, b_up, b_mix, PRECISION)
         b_before += b_dy_m
         b_dx += b_dy - b_dy_m
     b_dx = moved(tl.where(first[:, None], 0.0, b_before), b_dx, BT, OP, PRECISION)
@@ -126,12 +161,12 @@ def inputs_kernel(p_x, p_mix, p_low, p_up, p_first, dy0, dy1, dy2, dy3, dy4, p_d
 @triton.jit(do_not_specialize=["N", "length"])
 def up_kernel(p_dm, p_low, p_up, p_dlow, p_dup, N, D, R, length, BT: tl.constexpr, BD: tl.constexpr,
               BR: tl.constexpr, BW: tl.constexpr, PRECISION: tl.constexpr):
-    """Of a segment, one z and one block of channels: the block's part of dlow [blocks, 5, N, R], the segment's of dup
+    """Of a segment, one z and one block of channels: the block's part of dlow [blocks, N, 5 R], the segment's of dup
     with dmix in row R [segments, 5, R + 1, D]."""
     i_z, i_d, i_s = tl.program_id(0) % Z, tl.program_id(0) // Z, tl.program_id(1)
     o_d, o_r, o_w = i_d * BD + tl.arange(0, BD), tl.arange(0, BR), tl.arange(0, BW)
     p_dm += i_z * N.to(tl.int64) * D
-    p_dlow += (i_d * Z + i_z) * N.to(tl.int64) * R
+    p_dlow += i_d * N.to(tl.int64) * (R * Z) + i_z * R
     b_up = matrix(p_up + i_z * R * D, o_r, o_d, R, D)
     b_dup = tl.zeros([BW, BD], tl.float32)
     for i in range(i_s * length, tl.minimum((i_s + 1) * length, N), BT):
@@ -142,46 +177,36 @@ def up_kernel(p_dm, p_low, p_up, p_dlow, p_dup, N, D, R, length, BT: tl.constexp
         b_low = tl.where((o_w == R)[:, None], 1.0, b_low.to(tl.float32)).to(b_low.dtype)
         b_dup = dot(b_low, b_dm, b_dup, PRECISION)
         b_dlow = dot(b_up, tl.trans(b_dm), tl.zeros([BR, BT], tl.float32), PRECISION)
-        tl.store(p_dlow + o_n.to(tl.int64)[None, :] * R + o_r[:, None], b_dlow.to(p_dlow.dtype.element_ty),
+        tl.store(p_dlow + o_n.to(tl.int64)[None, :] * (R * Z) + o_r[:, None], b_dlow.to(p_dlow.dtype.element_ty),
                  mask=(o_n < N)[None, :] & (o_r < R)[:, None])
     to = p_dup + ((i_s * Z + i_z) * (R + 1) + o_w[:, None]).to(tl.int64) * D + o_d[None, :]
     tl.store(to, b_dup, mask=(o_w <= R)[:, None] & (o_d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["N", "T", "documents", "length"])
-def down_kernel(p_x, p_base, p_low, p_first, p_dlow, p_dpre, p_ddown, N, T, D, R, documents, blocks, length,
-                BT: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr):
-    """Of a segment dpre [N, 5 R], from dlow's parts [blocks, 5, N, R], and its part of ddown [segments, 5 R, D]."""
-    i_s = tl.program_id(1)
-    o_d = tl.program_id(0) * BD + tl.arange(0, BD)
-    o_c = tl.arange(0, BC)
-    o_z, o_r = o_c // R, o_c % R
-    OP: tl.constexpr = p_x.dtype.element_ty
-    b_base = vector(p_base, o_d, D)
-    b_ddown = tl.zeros([BC, BD], tl.float32)
-    for i in range(i_s * length, tl.minimum((i_s + 1) * length, N), BT):
-        o_n = i + tl.arange(0, BT)
-        m = (o_n < N)[:, None] & (o_c < R * Z)[None, :]
-        n = o_n.to(tl.int64)[:, None]
-        b_low = tl.load(p_low + n * (R * Z) + o_c[None, :], mask=m, other=0.0).to(tl.float32)
-        p_part = p_dlow + o_z[None, :] * N.to(tl.int64) * R + n * R + o_r[None, :]
-        b_dlow = tl.load(p_part, mask=m, other=0.0).to(tl.float32)
-        for i_b in range(1, blocks):
-            b_dlow += tl.load(p_part + i_b * N.to(tl.int64) * (R * Z), mask=m, other=0.0).to(tl.float32)
-        b_dpre = (b_dlow * (1.0 - b_low * b_low)).to(OP)
-        if tl.program_id(0) == 0:
-            tl.store(p_dpre + n * (R * Z) + o_c[None, :], b_dpre, mask=m)
-        b_x, b_delta, _ = pair(p_x, p_first, o_n, o_d, N, T, D, documents)
-        b_ddown = dot(tl.trans(b_dpre), (b_x + b_delta * b_base).to(OP), b_ddown, PRECISION)
-    to = p_ddown + (i_s * (R * Z) + o_c[:, None]).to(tl.int64) * D + o_d[None, :]
-    tl.store(to, b_ddown, mask=(o_c < R * Z)[:, None] & (o_d < D)[None, :])
+@triton.jit(do_not_specialize=["N", "T", "documents"])
+def pre_kernel(p_low, p_dlow, p_first, p_dpre, N, T, C, documents, blocks, BT: tl.constexpr, BC: tl.constexpr):
+    """(dpre_t, dpre_t+1) [N, 2 C] of a tile of tokens, from dlow's parts [blocks, N, C]."""
+    after = tl.program_id(1)
+    o_t = tl.program_id(0) * BT + tl.arange(0, BT)
+    o_n, o_c = o_t + after, tl.arange(0, BC)
+    m_n = o_n < N
+    if after > 0:
+        m_n &= begins(p_first, o_n, N, T, documents) == 0
+    m = m_n[:, None] & (o_c < C)[None, :]
+    o = o_n.to(tl.int64)[:, None] * C + o_c[None, :]
+    b_low = tl.load(p_low + o, mask=m, other=0.0).to(tl.float32)
+    b_dlow = tl.load(p_dlow + o, mask=m, other=0.0).to(tl.float32)
+    for i in range(1, blocks):
+        b_dlow += tl.load(p_dlow + i * N.to(tl.int64) * C + o, mask=m, other=0.0).to(tl.float32)
+    to = p_dpre + (o_t.to(tl.int64)[:, None] * 2 + after) * C + o_c[None, :]
+    tl.store(to, (b_dlow * (1.0 - b_low * b_low)).to(p_dpre.dtype.element_ty),
+             mask=(o_t < N)[:, None] & (o_c < C)[None, :])
 
 
-TILES = {"low": (128, 64, 8, 2), "forward": (64, 64, 8, 1), "inputs": (16, 128, 4, 1), "up": (64, 256, 4, 3),
-         "down": (64, 128, 8, 2)}
+TILES = {"low": (64, 64, 4, 3), "forward": (64, 64, 8, 1), "inputs": (16, 128, 4, 1), "up": (64, 256, 4, 3)}
 """Of each kernel: tokens, most channels of a program's tile, warps, stages."""
-PROGRAMS = {"up": 2, "down": 1}  # that a multiprocessor has room for
-LEAST = 256  # tokens whose part of dup or ddown one program adds up
+PROGRAMS = 2  # of `up` that a multiprocessor has room for
+LEAST = 256  # tokens whose part of dup one program adds up
 
 
 def tile(kernel: str, x: Tensor, R: int) -> dict:
@@ -191,10 +216,9 @@ def tile(kernel: str, x: Tensor, R: int) -> dict:
     if kernel == "up":
         columns["BW"], over = max(16, power_of_two(R + 1)), cdiv(columns["BR"], 16)
         warps, BD = warps * min(over, 2), BD * 2 // max(over, 2)
-    if kernel in ("low", "down"):
-        BC = max(64, power_of_two(5 * R))
-        columns, over = {"BC": BC}, cdiv(BC, 128)  # times as many columns as registers were counted for
-        BT, BD = max(16, BT // over), BD if kernel == "low" else max(16, BD // over)
+    if kernel == "low":
+        columns = {"BC": max(64, power_of_two(5 * R))}
+        BT = max(16, BT * 128 // max(128, columns["BC"]))
     exact = x.dtype == torch.float32  # sums as long as these show that a tensor core rounds each step towards 0
     if exact:
         BT, BD, stages = 32, 128 if kernel == "up" else 32, 1
@@ -202,11 +226,19 @@ def tile(kernel: str, x: Tensor, R: int) -> dict:
             "num_warps": warps, "num_stages": stages} | columns
 
 
-def segment(kernel: str, x: Tensor, N: int, blocks: int) -> int:
+def segment(x: Tensor, N: int, blocks: int) -> int:
     """Tokens of a segment, so many that programs of `blocks` to a segment fill the GPU once."""
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-    most = max(1, PROGRAMS[kernel] * processors // blocks)
-    return max(LEAST, 64 * cdiv(N, 64 * most))
+    return max(LEAST, 64 * cdiv(N, 64 * max(1, PROGRAMS * processors // blocks)))
+
+
+def both(base: Tensor, down: Tensor, dtype: torch.dtype) -> Tensor:
+    """base [D], down [D, 5 R] -> W [10 R, D]."""
+    D, C = down.shape
+    w = torch.empty(2 * C, D, dtype=dtype, device=down.device)
+    with torch.cuda.device_of(w):
+        weights_kernel[cdiv(C, 16), cdiv(D, 64)](base, down, w, D, C, BC=16, BD=64)
+    return w
 
 
 def forward(x: Tensor, base: Tensor, down: Tensor, mix: Tensor, up: Tensor,
@@ -218,7 +250,8 @@ def forward(x: Tensor, base: Tensor, down: Tensor, mix: Tensor, up: Tensor,
         first, documents = firsts(x, cu_seqlens)
         with torch.cuda.device_of(x):
             launch = tile("low", x, R)
-            low_kernel[(cdiv(N, launch["BT"]),)](x, base, down, first, low, N, T, D, 5 * R, documents, **launch)
+            low_kernel[(cdiv(N, launch["BT"]),)](x, both(base, down, x.dtype), first, low, N, T, D, 5 * R, documents,
+                                                 **launch)
             launch = tile("forward", x, R)
             forward_kernel[cdiv(N, launch["BT"]), cdiv(D, launch["BD"])](
                 x, mix, low, up, first, *y, N, T, D, R, documents, **launch)
@@ -234,25 +267,31 @@ def backward(dy: list[Tensor], x: Tensor, base: Tensor, down: Tensor, mix: Tenso
         return torch.empty_like(x), dbase, ddown, dmix, dup
     N = B * T
     first, documents = firsts(x, cu_seqlens)
-    dx, dm, dpre = torch.empty_like(x), x.new_empty(5, N, D), x.new_empty(N, 5 * R)
+    dx, dm, dpre = torch.empty_like(x), x.new_empty(5, N, D), x.new_empty(N, 10 * R)
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
-        up_there, down_there = up.to(x.dtype), down.to(x.dtype)
+        up_there = up.to(x.dtype)
         launch = tile("inputs", x, R)
         inputs_kernel[cdiv(N, launch["BT"] - 1), cdiv(D, launch["BD"])](
             x, mix, low, up_there, first, *dy, dm, dx, N, T, D, R, documents, **launch)
         launch = tile("up", x, R)
         blocks = cdiv(D, launch["BD"])
-        length = segment("up", x, N, 5 * blocks)
+        length = segment(x, N, 5 * blocks)
         dup = torch.empty(cdiv(N, length), 5, R + 1, D, dtype=torch.float32, device=x.device)
-        dlow = torch.empty(blocks, 5, N, R, dtype=x.dtype if blocks == 1 else torch.float32, device=x.device)
+        dlow = torch.empty(blocks, N, 5 * R, dtype=x.dtype if blocks == 1 else torch.float32, device=x.device)
         up_kernel[5 * blocks, len(dup)](dm, low, up_there, dlow, dup, N, D, R, length, **launch)
-        launch = tile("down", x, R)
-        length = segment("down", x, N, cdiv(D, launch["BD"]))
-        ddown = torch.empty(cdiv(N, length), 5 * R, D, dtype=torch.float32, device=x.device)
-        down_kernel[cdiv(D, launch["BD"]), len(ddown)](
-            x, base, low, first, dlow, dpre, ddown, N, T, D, R, documents, blocks, length, **launch)
-        dlerp = torch.mm(dpre, down_there.mT)
-        dx, dbase = lerp_backward([dlerp], x, base.unsqueeze(0), cu_seqlens, added_to=dx)
-    dup = dup.sum(0)
-    return (dx, dbase.squeeze(0), ddown.sum(0).mT.to(down.dtype).contiguous(),
+        pre_kernel[cdiv(N, 32), 2](low, dlow, first, dpre, N, T, 5 * R, documents, blocks, BT=32,
+                                   BC=max(16, power_of_two(5 * R)))
+        flat = dx.view(N, D)
+        torch.addmm(flat, dpre, both(base, down, x.dtype), out=flat)
+        here, before = summed(x.view(N, D), dpre).chunk(2, 1)
+    change, dup = before - here, dup.sum(0)
+    ddown = torch.addcmul(here, change, base.float().unsqueeze(1))
+    return (dx, (change * down).sum(1).to(base.dtype), ddown.to(down.dtype),
             dup[:, R].to(mix.dtype).contiguous(), dup[:, :R].to(up.dtype).contiguous())
+
+
+def summed(x: Tensor, y: Tensor) -> Tensor:
+    """x^T y [D, C] in float32 of x [N, D], y [N, C]."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x.mT, y, out_dtype=torch.float32)
+    return torch.mm(x.float().mT, y.float())

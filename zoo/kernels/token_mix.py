@@ -36,11 +36,18 @@ def pick(a, b, c, d, e, Z: tl.constexpr):
 
 
 @triton.jit
-def pair(p_x, p_first, o_n, o_d, N, T, D, documents):
-    """x and x' - x [BT, BD] in float32, and which tokens [BT] are the first of a row or document."""
+def begins(p_first, o_n, N, T, documents):
+    """Which tokens [BT] are the first of a row or document."""
     first = o_n % T == 0
     if documents > 0:
         first |= tl.load(p_first + o_n, mask=o_n < N, other=0) != 0
+    return first
+
+
+@triton.jit
+def pair(p_x, p_first, o_n, o_d, N, T, D, documents):
+    """x and x' - x [BT, BD] in float32, and which tokens [BT] are the first of a row or document."""
+    first = begins(p_first, o_n, N, T, documents)
     p_x += o_n.to(tl.int64)[:, None] * D + o_d[None, :]
     m_d = (o_d < D)[None, :]
     b_x = tl.load(p_x, mask=(o_n < N)[:, None] & m_d, other=0.0).to(tl.float32)
