@@ -280,19 +280,16 @@ OPS = tuple(_OPS)
 # Heads and widths along all lengths, at 32,768 tokens; then single shapes: those that others have published figures
 # for, and those of ops that are measured at no other.
 _LEARNT = "aft_full_learnt", "aft_local_learnt"
-_SWEPT = {"causal_attention": [(16, 64, 64), (8, 128, 128)], "aft_full": [(1, 512, 512)], "aft_simple": [(1, 512, 512)],
-          "aft_local": [(1, 512, 512)], "rotary_attention": [], "summary_attention": [], "linear_cross_entropy": [],
-          "add_norm": [], "norm_gate": [], "token_mix": [], "ddlerp": [], "squared_relu": [],
-          **{op: [] for op in _LEARNT}}
+_SWEPT = {"causal_attention": [(16, 64, 64), (8, 128, 128)], "squared_relu": [(1, 512, 1792)],
+          **{op: [(1, 512, 512)] for op in ("aft_full", "aft_simple", "aft_local", "add_norm", "token_mix", "ddlerp")},
+          **{op: [] for op in ("linear_cross_entropy", *_LEARNT)}}
 _SINGLE = {
     "causal_attention": [(16384 // T, T, *kind) for kind in ((16, 64, 64), (8, 128, 128)) for T in (1024, 4096, 16384)],
     "linear_attention": [(32, 1024, 8, 256, 64)],
     "favor_attention": [(8, 4096, 16, 64, 64)],
     "aft_full": [(8, 4096, 1, 1024, 1024)],
     "linear_cross_entropy": [(32, 1024, 1, 768, 8192), (16, 1024, 1, 768, 50304), (32, 1024, 1, 512, 256)],
-    **{op: [(32, 1024, 8, 64, 64)] for op in ("rotary_attention", "summary_attention", "norm_gate")},
-    **{op: [(32, 1024, 1, 512, 512)] for op in ("add_norm", "token_mix", "ddlerp", *_LEARNT)},
-    "squared_relu": [(32, 1024, 1, 512, 1792)],
+    **{op: [(32, 1024, 1, 512, 512)] for op in _LEARNT},
 }
 _CHANNELS = "aft_full", "aft_simple", "aft_local", "add_norm", "token_mix", "ddlerp", "squared_relu", *_LEARNT
 TOKENS, CPU_TOKENS = 32768, 512
