@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from zoo.kernels._common import INTERPRETED, cdiv, dot, power_of_two
-from zoo.kernels.token_mix import begins, firsts, moved, pair, pick
+from zoo.kernels.token_mix import begins, firsts, pair, pick
 
 Z = tl.constexpr(5)
 
@@ -124,6 +124,18 @@ def forward_kernel(p_x, p_mix, p_low, p_up, p_first, y0, y1, y2, y3, y4, N, T, D
         p_y = pick(y0, y1, y2, y3, y4, i_z)
         b_low, b_up, b_mix = read[i_z]
         tl.store(p_y + o_y, (b_x + b_delta * mixing(b_low, b_up, b_mix, PRECISION)).to(p_y.dtype.element_ty), mask=m_y)
+
+
+@triton.jit
+def moved(x, acc, BT: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr):
+    """acc [BT, BD] and every row of x added to the one above. In 16 bits x is cut in two, which are 16 of its own."""
+    o_i = tl.arange(0, BT)
+    below = tl.where(o_i[:, None] + 1 == o_i[None, :], 1.0, 0.0).to(OP)
+    high = x.to(OP)
+    acc = dot(below, high, acc, PRECISION)
+    if x.dtype != OP:
+        acc = dot(below, (x - high.to(tl.float32)).to(OP), acc, PRECISION)
+    return acc
 
 
 @triton.jit(do_not_specialize=["N", "T", "documents"])

@@ -2,9 +2,8 @@
 
     y_z = x + (x' - x) m_z,    x' the token before, 0 before the first of a row or document; m_z a vector of channels
 
-Backward, a token has dx_t = sum_z dy_zt (1 - m_z) + dy_z,t+1 m_z, and dm_z is the sum of dy_z (x' - x) over tokens.
-Tiles overlap by one token, so that what the token after one gives it is a tile's own, moved up by a row; that is a
-product with a mask, which tensor cores do.
+Backward, a token has dx_t = sum_z dy_zt (1 - m_z) + dy_z,t+1 m_z, and dm_z is the sum of dy_z (x' - x) over tokens. The
+rows of a tile are read twice, a row apart, the second time from the cache.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._common import cdiv, dot, power_of_two, precision
+from zoo.kernels._common import cdiv, power_of_two
 
 MOST = 5  # mixtures
 
@@ -55,18 +54,6 @@ def pair(p_x, p_first, o_n, o_d, N, T, D, documents):
     return b_x, b_before - b_x, first
 
 
-@triton.jit
-def moved(x, acc, BT: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr):
-    """acc [BT, BD] and every row of x added to the one above. In 16 bits x is cut in two, which are 16 of its own."""
-    o_i = tl.arange(0, BT)
-    below = tl.where(o_i[:, None] + 1 == o_i[None, :], 1.0, 0.0).to(OP)
-    high = x.to(OP)
-    acc = dot(below, high, acc, PRECISION)
-    if x.dtype != OP:
-        acc = dot(below, (x - high.to(tl.float32)).to(OP), acc, PRECISION)
-    return acc
-
-
 @triton.jit(do_not_specialize=["N", "T", "documents"])
 def forward_kernel(p_x, p_mix, p_first, y0, y1, y2, y3, y4, N, T, D, documents, Z: tl.constexpr, BT: tl.constexpr,
                    BD: tl.constexpr):
@@ -84,36 +71,30 @@ def forward_kernel(p_x, p_mix, p_first, y0, y1, y2, y3, y4, N, T, D, documents, 
 
 @triton.jit(do_not_specialize=["N", "T", "documents"])
 def backward_kernel(p_x, p_mix, p_first, dy0, dy1, dy2, dy3, dy4, p_dx, p_dmix, N, T, D, documents, Z: tl.constexpr,
-                    ADD: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
-    """dx of BT - 1 tokens (ADD: to what is there), and their part of dmix [programs, Z, D]."""
+                    BT: tl.constexpr, BD: tl.constexpr):
+    """dx of a tile of tokens and channels, and the tokens' part of dmix [programs, Z, D]."""
     i_n = tl.program_id(0)
-    o_i = tl.arange(0, BT)
-    o_n = i_n * (BT - 1) + o_i
+    o_n = i_n * BT + tl.arange(0, BT)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
-    own = (o_i < BT - 1) & (o_n < N)
-    _, b_delta, first = pair(p_x, p_first, o_n, o_d, N, T, D, documents)
     o_y = o_n.to(tl.int64)[:, None] * D + o_d[None, :]
-    m_y = (o_n < N)[:, None] & (o_d < D)[None, :]
-    m_dx = own[:, None] & (o_d < D)[None, :]
+    m_d = (o_d < D)[None, :]
+    m_y = (o_n < N)[:, None] & m_d
+    after = (o_n + 1 < N) & (begins(p_first, o_n + 1, N, T, documents) == 0)
+    m_after = after[:, None] & m_d
+    _, b_delta, _ = pair(p_x, p_first, o_n, o_d, N, T, D, documents)
     b_dx = tl.zeros([BT, BD], tl.float32)
-    if ADD:
-        b_dx += tl.load(p_dx + o_y, mask=m_dx, other=0.0).to(tl.float32)
-    b_before = tl.zeros([BT, BD], tl.float32)  # for the token before
     for z in tl.static_range(Z):
-        b_dy = tl.load(pick(dy0, dy1, dy2, dy3, dy4, z) + o_y, mask=m_y, other=0.0).to(tl.float32)
+        p_dy = pick(dy0, dy1, dy2, dy3, dy4, z) + o_y
+        b_dy = tl.load(p_dy, mask=m_y, other=0.0).to(tl.float32)
+        b_after = tl.load(p_dy + D, mask=m_after, other=0.0).to(tl.float32)
         b_m = tl.load(p_mix + z * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
-        b_before += b_dy * b_m
-        b_dx += b_dy * (1.0 - b_m)
-        b_dmix = tl.sum(tl.where(own[:, None], b_dy * b_delta, 0.0), 0)
-        tl.store(p_dmix + (i_n * Z + z) * D + o_d, b_dmix, mask=o_d < D)
-    b_before = tl.where(first[:, None], 0.0, b_before)
-    b_dx = moved(b_before, b_dx, BT, p_x.dtype.element_ty, PRECISION)
-    tl.store(p_dx + o_y, b_dx.to(p_dx.dtype.element_ty), mask=m_dx)
+        b_dx += b_dy + (b_after - b_dy) * b_m
+        tl.store(p_dmix + (i_n * Z + z) * D + o_d, tl.sum(b_dy * b_delta, 0), mask=o_d < D)
+    tl.store(p_dx + o_y, b_dx.to(p_dx.dtype.element_ty), mask=m_y)
 
 
-TILES = {"forward": (16, 128, 4), "backward": (32, 32, 1)}
-"""Of each kernel: tokens, most channels of a program's tile, warps. 32 tokens are too few for wgmma, which would have
-`moved` go through shared memory."""
+TILES = {"forward": (16, 128, 4), "backward": (64, 64, 4)}
+"""Of each kernel: tokens, most channels of a program's tile, warps."""
 
 
 def tile(kernel: str, D: int) -> dict:
@@ -143,17 +124,15 @@ def forward(x: Tensor, mix: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
     return y
 
 
-def backward(dy: list[Tensor], x: Tensor, mix: Tensor, cu_seqlens: Tensor | None,
-             added_to: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """-> dx, which is added to a tensor if there is one, and dmix."""
+def backward(dy: list[Tensor], x: Tensor, mix: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """-> dx, dmix."""
     (B, T, D), Z = x.shape, len(mix)
-    dx, launch = torch.empty_like(x) if added_to is None else added_to, tile("backward", D)
-    programs = cdiv(B * T, launch["BT"] - 1)
+    dx, launch = torch.empty_like(x), tile("backward", D)
+    programs = cdiv(B * T, launch["BT"])
     dmix = torch.empty(programs, Z, D, dtype=torch.float32, device=x.device)
     if x.numel():
         first, documents = firsts(x, cu_seqlens)
         with torch.cuda.device_of(x):
             backward_kernel[programs, cdiv(D, launch["BD"])](
-                x, mix, first, *dy, *dy[:1] * (MOST - Z), dx, dmix, B * T, T, D, documents, Z=Z,
-                ADD=added_to is not None, PRECISION=precision(x.dtype), **launch)
+                x, mix, first, *dy, *dy[:1] * (MOST - Z), dx, dmix, B * T, T, D, documents, Z=Z, **launch)
     return dx, dmix.sum(0).to(mix.dtype)
