@@ -290,7 +290,7 @@ def test_other_lengths_and_documents_build_nothing() -> None:
 
 @pytest.mark.gpu
 def test_memory_on_a_gpu() -> None:
-    """Five mixtures and the gradients in their places, low, dx, dm, dpre twice, parts of the gradients of up and mix."""
+    """Five mixtures, then dm in their places, low, dx, dpre twice, parts of the gradients of up and mix."""
     given = {name: x.to(torch.float32 if name in KEEP else torch.bfloat16).requires_grad_()
              for name, x in inputs(1024, 256, 16, B=8).items()}
     with use_backend("triton"):
