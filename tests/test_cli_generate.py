@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 import pty
+import re
 import select
+import shlex
 import subprocess
 import sys
 import time
@@ -178,6 +180,23 @@ def test_errors_are_one_line_and_status_2(run, folder: str, tmp_path: Path, monk
     assert err.startswith("error: ")
     assert message in err
     assert (err.count("\n"), out) == (1, "")
+
+
+def test_what_the_docs_say_runs(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "generation.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for kind, block in re.findall(r"^```(\w+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        if kind == "python":
+            exec(block, names)
+        else:
+            for line in block.splitlines():
+                command, subcommand, *arguments = shlex.split(line)
+                assert (command, subcommand) == ("zoo", "generate")
+                status, out, err = run(*arguments)
+                assert (status, out != "", err) == (0, True, ""), line
+    assert names["text"]
+    assert re.findall(r"^    zoo generate (.*)$", page, re.MULTILINE) == ["rwkv.novels-6m --interactive"]
 
 
 def test_a_line_that_is_no_text_is_refused(run, folder: str) -> None:
