@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,6 +152,26 @@ def test_together_is_the_same_text_as_one_by_one(case: Case) -> None:
     assert zoo.generate(model, PROMPTS, max_tokens=30, temperature=0, stop=stop) == [
         text.partition(stop)[0] for text in alone]
     assert len(set(alone)) > 1
+
+
+@pytest.mark.gpu
+@CASES
+def test_a_gpu_writes_the_same_text(case: Case, tmp_path: Path) -> None:
+    """In float32, greedy: as the CPU, together as one by one, and in two goes with the state in a file between them."""
+    model, how = text_model(case), {"max_tokens": 24, "temperature": 0}
+    expected = zoo.generate(model, PROMPTS, **how)
+    on_gpu = text_model(case)
+    on_gpu.load_state_dict(model.state_dict())
+    on_gpu.cuda()
+    assert [zoo.generate(on_gpu, prompt, **how) for prompt in PROMPTS] == expected
+    assert zoo.generate(on_gpu, PROMPTS, **how) == expected
+    context = Context(on_gpu)
+    context.write(PROMPTS[2], max_tokens=10, temperature=0)
+    context.save(tmp_path / "half.state")
+    for place in (on_gpu, model):
+        half = Context.load(tmp_path / "half.state", place)
+        half.write(max_tokens=14, temperature=0)
+        assert ByteTokenizer().decode(half.tokens) == PROMPTS[2] + expected[2]
 
 
 # Stop strings

@@ -108,6 +108,36 @@ def test_sampling_waits_for_no_device_and_takes_shapes_alone() -> None:
         assert sample(logits, draws, options, seen).shape == (3,)
 
 
+@pytest.mark.gpu
+def test_sampling_can_be_recorded() -> None:
+    """In a CUDA graph, which a wait for the device would break, with the tokens seen kept up to date in it."""
+    options, rows, vocabulary = Sampling(0.8, 40, 0.9, 0.05, 1.3), 3, 97
+    logits, draws = torch.randn(rows, vocabulary, device="cuda"), torch.rand(rows, device="cuda")
+    seen = torch.zeros(rows, vocabulary, dtype=torch.bool, device="cuda")
+
+    def step() -> Tensor:
+        ids = sample(logits, draws, options, seen)
+        seen.scatter_(1, ids.unsqueeze(1), True)
+        return ids
+
+    aside = torch.cuda.Stream()
+    with torch.cuda.stream(aside):
+        step()
+    aside.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ids = step()
+    for trial in range(20):
+        if not trial % 5:
+            seen.zero_()
+        logits.copy_(torch.randn(rows, vocabulary))
+        draws.copy_(torch.rand(rows))
+        before = seen.clone()
+        graph.replay()
+        assert torch.equal(ids, sample(logits, draws, options, before))
+        assert torch.equal(seen, before.scatter(1, ids.unsqueeze(1), True))
+
+
 def test_a_rows_draw_does_not_depend_on_its_companions() -> None:
     logits, generators = torch.randn(6, 97), row_generators(3, [0] * 6)
     draws = torch.cat([draw(generators, 3), draw(generators, 5)], 1)
