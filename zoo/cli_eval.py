@@ -1,4 +1,4 @@
-"""`zoo eval`, registered on the command's app by zoo/cli.py. It parses and prints, as all of the command does."""
+"""`zoo eval` and `zoo recall`, registered on the command's app by zoo/cli.py. They parse and print."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
     from zoo.evaluation import Excerpt, Reading
     from zoo.pretrained import PretrainedModel
+    from zoo.recall import Result
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
+    """Add the commands to the app."""
     app.command("eval")(eval_command)
+    app.command("recall")(recall_command)
 
 
 def eval_command(
@@ -84,6 +86,71 @@ def eval_command(
         found["tasks"] = {key: results[key] for key in ("results", "versions", "n-shot", "n-samples")}
     if json is not None:
         write_json(json, found)
+
+
+def recall_command(
+    models: Annotated[str, typer.Option(help="With commas; none: all architectures.")] = "",
+    grid: Annotated[str, typer.Option(help="Tokens:pairs, with commas.")] = "64:4",
+    widths: Annotated[str, typer.Option(help="Channels, with commas.")] = "64",
+    rates: Annotated[str, typer.Option(help="Peak learning rates, with commas; the best of each counts.")] = "3e-3",
+    vocab: Annotated[int, typer.Option(help="Ids; half are keys, half values. Zoology has 8192.")] = 256,
+    steps: Annotated[int, typer.Option(help="Steps of a model, at most.")] = 400,
+    batch: Annotated[int, typer.Option(help="Examples a step.")] = 64,
+    examples: Annotated[int, typer.Option(help="Different examples to train on.")] = 20_000,
+    tests: Annotated[int, typer.Option(help="Examples to score on.")] = 1_000,
+    test_every: Annotated[int, typer.Option(help="Steps from a score to the next; above 0.99 a model is done.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Decides weights and examples.")] = 1,
+    csv: Annotated[Path | None, typer.Option(help="Keep results in this file; what it holds is not run.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one.")] = "auto",
+) -> None:
+    """Train on associative recall, and score.
+
+    Multi-query associative recall (MQAR) as Zoology defines it, a model of two layers at a time; as it stands a small
+    grid, minutes on a CPU. docs/evaluation.md has Zoology's own.
+    """
+    from zoo.mixers import list_mixers
+    from zoo.pretrained import find_device
+    from zoo.recall import Recipe, best, read_csv, write_csv
+    from zoo.recall import grid as trained
+
+    recipe = Recipe(steps=steps, batch=batch, examples=examples, tests=tests, test_every=test_every, vocab_size=vocab,
+                    seed=seed)
+    tasks = [_whole("--grid", part.replace(":", ",")) for part in grid.split(",")]
+    if wrong := [task for task in tasks if len(task) != 2]:
+        raise ZooError(f"--grid: {wrong[0]} is not allowed: tokens:pairs with commas between, 64:4,128:8")
+    if csv is not None and not csv.parent.is_dir():  # before anything is trained
+        raise ZooError(f"cannot write {csv}: no such folder")
+    results = [] if csv is None else read_csv(csv)
+    known = len(results)
+    for result in trained(models.split(",") if models else list_mixers(), [(task[0], task[1]) for task in tasks],
+                          _whole("--widths", widths), _numbers("--rates", rates), recipe, find_device(device), results):
+        results.append(result)
+        print(f"{result.model} {result.seq_len}:{result.pairs} width {result.width} at {result.lr:g}: "
+              f"{result.accuracy:.3f} after {result.steps} steps, {result.seconds:.0f} s", flush=True)
+        if csv is not None:
+            write_csv(csv, results)
+    if known:
+        print(f"{known} results were in {csv}")
+    _console().print(_recalled(best(results)))
+
+
+def _recalled(results: list[Result]) -> object:
+    from rich.table import Table
+
+    table = Table(title="share of queries answered, at the best rate")
+    for column in ("model", "tokens:pairs", "width", "accuracy", "rate", "steps", "parameters", "state bytes"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for each in sorted(results, key=lambda each: (each.seq_len, each.pairs, each.width, -each.accuracy)):
+        table.add_row(each.model, f"{each.seq_len}:{each.pairs}", str(each.width), f"{each.accuracy:.3f}",
+                      f"{each.lr:g}", str(each.steps), f"{each.parameters:,}", f"{each.state_bytes:,}")
+    return table
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ZooError(f"{option}: {text!r} is not allowed: numbers with commas between") from None
 
 
 def _read(loaded: PretrainedModel, data: str, path: str | None, split: str, cache: str | None, tokens: int | None,
