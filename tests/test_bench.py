@@ -249,6 +249,25 @@ def test_the_plain_decoder_is_one() -> None:
     assert not torch.allclose(model.blocks[0](swapped, model.cos, model.sin)[:, -1], y[:, -1], atol=1e-4)
 
 
+def test_llama_attends_causally_without_a_mask() -> None:
+    """What transformers itself gives PyTorch, compiled, is a mask; the loss is the same."""
+    pytest.importorskip("transformers")
+    from zoo.bench.train_peers import HuggingFaceLlama
+
+    model, tokens = HuggingFaceLlama(SIZES["nano"], 256, 32).train(), torch.randint(256, (2, 33))
+    graphs = list[torch.fx.GraphModule]()
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    got = torch.compile(model.loss, dynamic=False, backend=backend)(tokens[:, :-1], tokens[:, 1:])
+    asked = [node.kwargs for graph in graphs for node in graph.graph.nodes if "scaled_dot" in str(node.target)]
+    assert [(each["attn_mask"], each["is_causal"]) for each in asked] == [(None, True)] * SIZES["nano"].layers
+    model.model.config._attn_implementation = "sdpa"
+    torch.testing.assert_close(got, model.loss(tokens[:, :-1], tokens[:, 1:]))
+
+
 def test_the_loop_is_measured_against_the_bare_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     """A run as it is given to `train`, but for its text; as many intervals from either side."""

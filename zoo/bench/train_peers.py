@@ -56,17 +56,27 @@ class PlainDecoder(nn.Module):
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1).float(), targets.flatten())
 
 
+UNMASKED = "sdpa_unmasked"  # PyTorch's attention told that it is causal
+
+
 class HuggingFaceLlama(nn.Module):
-    """transformers' LlamaForCausalLM with fresh weights at a size of the zoo, its attention by PyTorch."""
+    """transformers' LlamaForCausalLM with fresh weights at a size of the zoo, its attention by PyTorch.
+
+    Compiled, transformers looks for packed documents in every batch and gives PyTorch a mask, with which there is no
+    FlashAttention. There are none here, so it gets no mask, by the interface that it has for that.
+    """
 
     def __init__(self, size: Size, vocab_size: int, seq_len: int):
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         super().__init__()
+        AttentionInterface.register(UNMASKED, sdpa_attention_forward)
+        AttentionMaskInterface.register(UNMASKED, lambda *_, **__: None)
         self.model = LlamaForCausalLM(LlamaConfig(
             vocab_size=vocab_size, hidden_size=size.dim, intermediate_size=-(-8 * size.dim // (3 * 64)) * 64,
             num_hidden_layers=size.layers, num_attention_heads=size.heads, max_position_embeddings=seq_len,
-            attn_implementation="sdpa", use_cache=False, pad_token_id=None, bos_token_id=None, eos_token_id=None))
+            attn_implementation=UNMASKED, use_cache=False, pad_token_id=None, bos_token_id=None, eos_token_id=None))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean nats of targets [B, T] after tokens [B, T]."""
@@ -86,6 +96,12 @@ PEERS: dict[str, type[PlainDecoder] | type[HuggingFaceLlama]] = {"plain-decoder"
 
 def missing(impl: str) -> str | None:
     """Why a peer cannot be measured here, None if it can."""
-    if impl == "hf-llama" and importlib.util.find_spec("transformers") is None:
+    if impl != "hf-llama":
+        return None
+    if importlib.util.find_spec("transformers") is None:
         return "transformers is not installed"
+    try:
+        from transformers import AttentionMaskInterface, LlamaForCausalLM  # noqa: F401
+    except ImportError as error:
+        return f"this transformers has not all that is asked of it: {' '.join(str(error).split())[:100]}"
     return None
