@@ -367,3 +367,5 @@ def test_what_does_not_fit_into_memory_is_said(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(LanguageModel, "extend", full)
     with pytest.raises(ZooError, match="1 x 7 tokens do not fit"):
         zoo.generate(text_model(), "a", max_tokens=5)
+    with pytest.raises(ZooError, match="1 x 4 tokens do not fit"):
+        Context(text_model()).read("abc")

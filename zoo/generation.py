@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypedDict, Unpack, overload
 
@@ -81,7 +82,8 @@ class Context:
         if len(row) == 1:
             state = self.model.init_state(1, 1)
         else:
-            _, state = prefill(self.model, [row[:-1]], state=self.state if goes_on else None)
+            with _in_memory(self.model, 1, len(row)):
+                _, state = prefill(self.model, [row[:-1]], state=self.state if goes_on else None)
         self.tokens, self.state = row, state
 
 
@@ -142,7 +144,7 @@ def _generate(model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str]
         if piece and on_text is not None:
             on_text(row, piece)
 
-    try:
+    with _in_memory(model, len(rows), max(map(len, rows), default=0) + max_tokens):
         going = Continuation(model, rows, max_tokens=max_tokens, sampling=options, seed=seed,
                              state=context.state if context is not None and whole else None)
         while drawn := going.step():
@@ -153,14 +155,21 @@ def _generate(model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str]
                 tell(row, texts[row].push(token))
                 if texts[row].stopped:
                     going.end(row)
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-            raise
-        raise ZooError(f"{len(rows)} x {max(map(len, rows)) + max_tokens} tokens do not fit into the memory of "
-                       f"{model.head.weight.device}; fewer prompts or tokens at a time may") from None
     for row, text in enumerate(texts):
         tell(row, text.finish())
     return rows, texts
+
+
+@contextmanager
+def _in_memory(model: LanguageModel, rows: int, tokens: int) -> Iterator[None]:
+    """Raise ZooError where what is done with so many rows of so many tokens takes more memory than there is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise ZooError(f"{rows} x {tokens} tokens do not fit into the memory of {model.head.weight.device}; fewer "
+                       "prompts or tokens at a time may") from None
 
 
 def _fitted(model: LanguageModel, rows: list[list[int]], max_tokens: int | None, window: bool,
