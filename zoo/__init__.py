@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zoo.errors import ZooError
     from zoo.generation import generate
+    from zoo.hf.hub import push_to_hub
     from zoo.mixers import list_mixers as list_models
     from zoo.ops.backend import set_backend, use_backend
     from zoo.pretrained import list_pretrained, load_pretrained
@@ -19,8 +20,8 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0"
 
-__all__ = ["ZooError", "create_model", "generate", "list_models", "list_pretrained", "load_pretrained", "set_backend",
-           "use_backend"]
+__all__ = ["ZooError", "create_model", "generate", "list_models", "list_pretrained", "load_pretrained",
+           "push_to_hub", "set_backend", "use_backend"]
 
 # Imported at first use: PyTorch takes seconds, and `zoo --help` or a data worker needs none of it.
 _PLACES = {
@@ -30,6 +31,7 @@ _PLACES = {
     "list_models": ("zoo.mixers", "list_mixers"),
     "list_pretrained": ("zoo.pretrained", "list_pretrained"),
     "load_pretrained": ("zoo.pretrained", "load_pretrained"),
+    "push_to_hub": ("zoo.hf.hub", "push_to_hub"),
     "set_backend": ("zoo.ops.backend", "set_backend"),
     "use_backend": ("zoo.ops.backend", "use_backend"),
 }

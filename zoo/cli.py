@@ -60,23 +60,40 @@ cli_eval.register(app)
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="The folder of a training run, finished or not.")],
-    out: Annotated[Path, typer.Argument(help="The model's folder to write.")],
+    model: Annotated[str, typer.Argument(help="A run's folder, finished or not; for hf also a saved model's folder or "
+                                              "a published name.")],
+    out: Annotated[str, typer.Argument(help="The folder to write; hf://OWNER/NAME uploads to the Hugging Face hub.")],
+    to: Annotated[str, typer.Option(help="Who reads it: zoo alone, or hf (transformers), too. The hub gets hf.")] = "",
     which: Annotated[str, typer.Option(help="last, or best by validation.")] = "last",
-    dtype: Annotated[str, typer.Option(help="What weights are stored as: float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="What weights are stored as: float32, bfloat16 or float16; as they are, if "
+                                            "not given.")] = "",
     publish: Annotated[str, typer.Option(help="Publish a finished run; says what its architecture cannot do.")] = "",
+    public: Annotated[bool, typer.Option("--public", help="A new repository on the hub is for all to see.")] = False,
 ) -> None:
-    """Make a folder of a run's model, to load, share or publish."""
+    """Make a folder of a model, to load, share or publish."""
     from zoo.errors import choose
-    from zoo.export import export_run, publish_run
-    from zoo.pretrained import DTYPES
+    from zoo.pretrained import DTYPES, REMOTE
 
-    kind = DTYPES[choose("dtype", dtype, DTYPES)]
+    remote = out.startswith(REMOTE)
+    if public and not remote:
+        raise ZooError(f"--public is of an upload; allowed with {REMOTE}OWNER/NAME")
+    to = choose("reader", to or ("hf" if remote else "zoo"), ("hf",) if remote else ("hf", "zoo"))
+    kind = DTYPES[choose("dtype", dtype, DTYPES)] if dtype else None
+    how: Any = {"which": which, "dtype": kind, "complain": lambda line: print(line, file=sys.stderr)}
+    if to == "hf":
+        from zoo.export_hf import export_hf, upload
+
+        if publish:
+            raise ZooError("--publish makes a folder of the zoo's own; allowed with --to zoo")
+        print(upload(model, out, private=not public, **how) if remote else export_hf(model, out, **how))
+        return
+    from zoo.export import export_run, publish_run
+
     if publish:
         choose("checkpoint to publish", which, ("last",))
-        print(publish_run(run, out, limits=publish, dtype=kind))
-        return
-    print(export_run(run, out, which=which, dtype=kind, complain=lambda line: print(line, file=sys.stderr)))
+        print(publish_run(model, out, limits=publish, dtype=kind or DTYPES["float32"]))
+    else:
+        print(export_run(model, out, **how))
 
 
 @app.command()

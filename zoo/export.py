@@ -15,6 +15,7 @@ from zoo.data.windows import num_evaluation_windows
 from zoo.errors import ZooError, choose
 from zoo.evaluate import evaluate
 from zoo.files import replace
+from zoo.model import LanguageModel
 from zoo.pretrained import NAME, load_pretrained, read_json, save_pretrained
 from zoo.report.runs import shown_command
 from zoo.tokenizers import ByteTokenizer, Tokenizer
@@ -35,6 +36,12 @@ def export_run(run: str | Path, out: str | Path, *, which: str = "last", dtype: 
     which: "last", the newest checkpoint that is whole (`complain` is told of those that are not), or "best" by
     validation. Raises ZooError where there is no such checkpoint, or `out` cannot be written.
     """
+    return save_pretrained(out, *read_run(run, which=which, complain=complain), dtype=dtype)
+
+
+def read_run(run: str | Path, *, which: str,
+             complain: Callable[[str], None]) -> tuple[LanguageModel, Tokenizer, dict[str, Any]]:
+    """The model of a run's checkpoint, its tokenizer, and a card of what the run has done so far."""
     folder = Path(run)
     choose("checkpoint", which, ("best", "last"))
     if not folder.is_dir():
@@ -58,7 +65,7 @@ def export_run(run: str | Path, out: str | Path, *, which: str = "last", dtype: 
     if (folder / "run.json").is_file():
         facts = read_json(folder / "run.json")
         card |= {key: facts[key] for key in ("command", "commit", "versions", "device", "devices") if key in facts}
-    return save_pretrained(out, files.restore_model(saved), _tokenizer(training, about["data"]), card, dtype=dtype)
+    return files.restore_model(saved), _tokenizer(training, about["data"]), card
 
 
 def publish_run(run: str | Path, out: str | Path, *, limits: str, dtype: torch.dtype = torch.bfloat16) -> Path:

@@ -1,7 +1,8 @@
 """Saved models: a folder of model.safetensors, config.json and card.json (and tokenizer.json where text is not bytes).
 
 `docs/pretrained.md` describes the format. Nothing in such a folder is code: weights are safetensors, the rest plain
-JSON, and what the JSON claims about the weights is checked before memory of that size is asked for.
+JSON, and what the JSON claims about the weights is checked before memory of that size is asked for. A folder for
+`transformers` (zoo/hf/folder.py) holds the same in files that library wants, and is read as well.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16
                torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # its names for dtypes
 MAX_JSON = 1 << 20  # bytes of config.json and of card.json
 FILES = {"model.safetensors", "config.json", "card.json", "tokenizer.json", "curve.csv"}
+HF_FILES = {"model.safetensors", "config.json", "card.json", "tokenizer.json", "tokenizer_config.json",
+            "zoo_tokenizer.json", "generation_config.json", "modeling_zoo.py", "README.md"}
+HF_TYPE = "zoo"  # `model_type` in the config.json of a folder for transformers, and the key of what the zoo has there
+HF_PREFIX = "model."  # of its weights' names
+REMOTE = "hf://"
 NAME = re.compile(r"[a-z0-9_]+\.[A-Za-z0-9][A-Za-z0-9_-]*")  # <model>.<tag>
 
 
@@ -51,23 +57,26 @@ def load_pretrained(name_or_folder: str | Path, *, device: torch.device | str = 
                     dtype: torch.dtype = torch.float32) -> PretrainedModel:
     """A saved model: a name of `list_pretrained()`, a folder, or the folder of a training run that finished.
 
-    Weights are converted to `dtype`, float32 by default whatever they were stored in (which loses nothing).
+    "hf://owner/name" and "hf://owner/name@revision" are taken from the Hugging Face hub, or its cache on this machine;
+    nothing else asks a network for anything. Weights are converted to `dtype`, float32 by default whatever they were
+    stored in (which loses nothing).
     Raises ZooError, before any weight is loaded, for whatever is missing, damaged or contradicts itself.
     """
     device = find_device(device) if isinstance(device, str) else device
     folder = find_saved(name_or_folder)
-    config = read_json(folder / "config.json")
+    config, prefix = read_config(folder)
     model_config, weights = _check_config(folder, config)
     card = read_json(folder / "card.json")
     tokenizer = load_tokenizer(folder, config["tokenizer"])
-    _check_vocabulary(tokenizer, model_config)
+    check_vocabulary(tokenizer, model_config)
     path = folder / "model.safetensors"
     _check_bytes(path, weights)
     with torch.random.fork_rng(devices=[]):  # building draws weights, but the generator is the caller's
         try:
             with safe_open(path, framework="pt") as file:
-                _check_shapes(file, path, model_config, DTYPES[weights["dtype"]])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+                _check_shapes(file, path, model_config, DTYPES[weights["dtype"]], prefix)
+                tensors = {key.removeprefix(prefix): file.get_tensor(key)
+                           for key in file.keys()}  # noqa: SIM118 - not a mapping
         except SafetensorError as error:
             raise ZooError(f"{path} is not a whole safetensors file: {_line(error)}") from None
         _check_finite(tensors, str(path))
@@ -93,27 +102,20 @@ def save_pretrained(folder: str | Path, model: LanguageModel, tokenizer: Tokeniz
     for weights that are not finite, a card that is not JSON, or a disk that refuses.
     """
     folder = Path(folder)
-    dtype = dtype or model.head.weight.dtype
-    if dtype not in DTYPES.values():
-        raise ZooError(f"weights cannot be saved as {dtype}; allowed: {', '.join(DTYPES)}")
-    _check_vocabulary(tokenizer, model.config)
-    tensors = {key: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
-               for key, value in model.state_dict().items()}
-    _check_finite(tensors, "this model")
-    about, data = _to_json(card), serialise(tensors, metadata={"format": "pt"})
-    weights = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data),
-               "dtype": str(dtype).removeprefix("torch.")}
+    check_vocabulary(tokenizer, model.config)
+    about = to_json(card)
+    data, weights = serialise_weights(model, dtype)
 
     def fill(new: Path) -> None:
         config = {"format": FORMAT, "model": model.config.to_dict(), "tokenizer": tokenizer.save(new),
                   "weights": weights}
         (new / "model.safetensors").write_bytes(data)
-        (new / "config.json").write_bytes(_to_json(config))
+        (new / "config.json").write_bytes(to_json(config))
         (new / "card.json").write_bytes(about)
         if curve is not None:
             (new / "curve.csv").write_bytes(curve)
 
-    _replace_folder(folder, fill)
+    replace_folder(folder, fill)
     return folder
 
 
@@ -132,6 +134,10 @@ def _published() -> dict[str, Path]:
 
 def find_saved(name_or_folder: str | Path) -> Path:
     """The folder of a saved model, as `load_pretrained` looks for it."""
+    if isinstance(name_or_folder, str) and name_or_folder.startswith(REMOTE):
+        from zoo.hf.hub import download  # and with it huggingface_hub, for nobody else
+
+        return download(name_or_folder)
     published = _published()
     if isinstance(name_or_folder, str) and name_or_folder in published:
         return published[name_or_folder]
@@ -152,6 +158,17 @@ def find_saved(name_or_folder: str | Path) -> Path:
 
 
 # Checking
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], str]:
+    """What config.json says in the zoo's own terms, and what the names of the weights begin with."""
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != HF_TYPE:
+        return config, ""
+    inner = config.get(HF_TYPE)
+    if not isinstance(inner, dict):
+        raise ZooError(f"{folder / 'config.json'} is for transformers and has no object {HF_TYPE!r} of this project")
+    return inner, HF_PREFIX
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -200,7 +217,7 @@ def _check_config(folder: Path, config: dict[str, Any]) -> tuple[ModelConfig, di
         raise ZooError(f"{where}: a value of the wrong type: {_line(error)}") from None
 
 
-def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
     if tokenizer.vocab_size != config.vocab_size:
         raise ZooError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
 
@@ -210,23 +227,28 @@ def _check_bytes(path: Path, weights: dict[str, Any]) -> None:
         size = path.stat().st_size
         if size != weights["bytes"]:
             raise ZooError(f"{path} has {size} bytes where config.json says {weights['bytes']}: cut off or replaced")
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found = digest(path)
     except OSError as error:
         raise ZooError(f"cannot read {path}: {error.strerror}") from None
-    if digest != weights["sha256"]:
-        raise ZooError(f"{path} has SHA-256 {digest[:12]}..., config.json says {weights['sha256'][:12]}...: damaged "
+    if found != weights["sha256"]:
+        raise ZooError(f"{path} has SHA-256 {found[:12]}..., config.json says {weights['sha256'][:12]}...: damaged "
                        "or replaced")
 
 
-def _check_shapes(file: Any, path: Path, config: ModelConfig, dtype: torch.dtype) -> None:
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_shapes(file: Any, path: Path, config: ModelConfig, dtype: torch.dtype, prefix: str) -> None:
     """Compare the file's header with a model that has shapes only, so that nothing large is built on a false claim."""
     found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     if config.layers > len(found):  # before as many blocks are built, even without weights
         raise ZooError(f"{path} has {len(found)} tensors, too few for the {config.layers} layers of config.json")
     try:
         with torch.device("meta"):
-            wanted = LanguageModel(config).state_dict()
+            wanted = LanguageModel(config).state_dict(prefix=prefix)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise ZooError(f"{path.with_name('config.json')} describes no {config.model}: {_line(error)}") from None
     wrong = [f"no {key}" for key in wanted.keys() - found.keys()]
@@ -252,11 +274,25 @@ def _check_finite(tensors: dict[str, torch.Tensor], what: str) -> None:
 # Writing
 
 
-def _replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+def serialise_weights(model: LanguageModel, dtype: torch.dtype | None,
+                      prefix: str = "") -> tuple[bytes, dict[str, Any]]:
+    """The bytes of model.safetensors, and what config.json says of them. dtype: the model's own if None."""
+    dtype = dtype or model.head.weight.dtype
+    if dtype not in DTYPES.values():
+        raise ZooError(f"weights cannot be saved as {dtype}; allowed: {', '.join(DTYPES)}")
+    tensors = {key: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
+               for key, value in model.state_dict(prefix=prefix).items()}
+    _check_finite(tensors, "this model")
+    data = serialise(tensors, metadata={"format": "pt"})
+    return data, {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data),
+                  "dtype": str(dtype).removeprefix("torch.")}
+
+
+def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Put a folder that `fill` writes in place of `folder`: nobody ever sees half of one under that name."""
     if folder.exists():
         held = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-        if held and not {"model.safetensors"} <= held <= FILES:
+        if held and not ({"model.safetensors"} <= held <= FILES or {"modeling_zoo.py"} <= held <= HF_FILES):
             raise ZooError(f"{folder} is there and is not a saved model alone: it is left as it is")
     mark = f".{folder.name}.{secrets.token_hex(4)}"
     new, old = folder.with_name(mark + ".new"), folder.with_name(mark + ".old")
@@ -281,7 +317,7 @@ def _replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _to_json(value: dict[str, Any]) -> bytes:
+def to_json(value: dict[str, Any]) -> bytes:
     try:
         data = (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
     except (TypeError, ValueError, RecursionError) as error:

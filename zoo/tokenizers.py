@@ -104,7 +104,7 @@ class BPETokenizer(Tokenizer):
             vocab: dict[str, int] = facts["model"]["vocab"]
             pre = facts["pre_tokenizer"]
             fits = (facts["model"]["type"] == "BPE" and sorted(vocab.values()) == list(range(len(vocab)))
-                    and vocab.get(SEPARATOR_TEXT) == 0 and all(char in vocab for char in _BYTE_TO_CHAR)
+                    and vocab.get(SEPARATOR_TEXT) == 0 and all(char in vocab for char in BYTE_TO_CHAR)
                     and pre["type"] == "ByteLevel" and not pre["add_prefix_space"] and pre.get("use_regex", True)
                     and not facts.get("added_tokens") and facts.get("normalizer") is None
                     and facts.get("post_processor") is None)
@@ -116,8 +116,8 @@ class BPETokenizer(Tokenizer):
                            "tokens; train one with tokenizer=bpe")
         self.content = content
         self.vocab_size = len(vocab)
-        self._byte_ids = np.array([vocab[char] for char in _BYTE_TO_CHAR], dtype=np.int64)
-        char_to_byte = {char: byte for byte, char in enumerate(_BYTE_TO_CHAR)}
+        self._byte_ids = np.array([vocab[char] for char in BYTE_TO_CHAR], dtype=np.int64)
+        char_to_byte = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
         self._bytes_of = [b""] * len(vocab)
         for token, index in vocab.items():
             self._bytes_of[index] = bytes(char_to_byte[char] for char in token) if index else b"\0"
@@ -135,7 +135,7 @@ class BPETokenizer(Tokenizer):
         library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         library.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, special_tokens=[SEPARATOR_TEXT],
-                                      initial_alphabet=_BYTE_TO_CHAR, show_progress=False)
+                                      initial_alphabet=BYTE_TO_CHAR, show_progress=False)
         library.train_from_iterator((text.decode("utf-8", "replace") for text in texts), trainer)
         facts = json.loads(library.to_str())
         # As an added token the library would find "<|doc|>" inside a text and emit id 0; kept in the vocabulary alone,
@@ -246,7 +246,7 @@ def _byte_to_char() -> list[str]:
     return [chr(byte if byte in visible else next(spare)) for byte in range(256)]
 
 
-_BYTE_TO_CHAR = _byte_to_char()
+BYTE_TO_CHAR = _byte_to_char()
 
 
 def _first_line(error: BaseException) -> str:
