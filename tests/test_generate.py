@@ -225,6 +225,14 @@ def test_stop_strings_are_found_however_tokens_cut_them(trial: int) -> None:
         assert tokenizer.decode(text.kept()) == expected
 
 
+def test_the_stop_string_that_is_complete_first_counts_within_a_token_too() -> None:
+    tokenizer = BPETokenizer.train([b"abcd " * 99], 270)
+    tokens = tokenizer.encode("abcd").tolist()
+    assert len(tokens) == 1
+    text, shown = pieces_of(tokenizer, tokens, ("abcd", "bc"))  # as letter by letter
+    assert (shown, tokenizer.decode(text.kept())) == ("a", "a")
+
+
 def test_bytes_that_are_no_text_beside_a_stop_string() -> None:
     text, shown = pieces_of(ByteTokenizer(), list(b"a\xc3\xffend."), ("end",))
     assert shown == "a��"

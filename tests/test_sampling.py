@@ -278,6 +278,12 @@ def test_the_penalty_counts_what_was_read_and_what_was_written() -> None:
     for prompt, text in zip(PROMPTS, continuations(model, PROMPTS, max_tokens=20, repetition_penalty=1e6), strict=True):
         assert len({*text, *prompt}) == len(text) + len(set(prompt))  # every token a new one
     assert any(len(set(text)) < len(text) for text in free)
+    how = {"max_tokens": 30, "repetition_penalty": 1.5}
+    alone = [continuations(model, [prompt], **how)[0] for prompt in PROMPTS]
+    stop = alone[0][3]  # rows that end early do not move what others have seen
+    expected = [text[: text.index(stop)] if stop in text else text for text in alone]
+    assert len(expected[0]) < max(map(len, expected))
+    assert continuations(model, PROMPTS, stop=stop, **how) == expected
 
 
 def test_nothing_is_written_where_no_tokens_are_asked_for() -> None:
