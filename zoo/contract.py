@@ -12,6 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from zoo.ops.add_norm import add_norm
+
 State = dict[str, Tensor]
 """A mixer's memory of a sequence. Every entry is [B, ...], so that rows can be selected, stacked, cloned and restored;
 the entries' meaning belongs to the mixer alone. Rows may stand at different positions."""
@@ -57,7 +59,24 @@ class SequenceMixer(nn.Module, ABC):
 
         `forward(x)` equals `extend` over any split of x, from `init_state`. The tensors of the state passed in may be
         overwritten (a key-value cache is): clone them first to come back to it.
+
+        A state that t tokens outgrow is enlarged, but for one: on a GPU, t = 1 never waits for the device, so that it
+        can be recorded, and room for the token must be there already (`reserve`).
         """
+
+    def extend_normed(self, x: Tensor, y: Tensor | None, norm: nn.LayerNorm,
+                      state: State) -> tuple[Tensor, Tensor, State]:
+        """`extend` of norm(x + y), x, y [B, t, D] (y None: nothing to add) -> x + y, the mixer's output, new state.
+
+        For mixers to override where kernels take one token's norm together with what reads it.
+        """
+        x, normed = add_norm(x, y, norm, self.projects_input)
+        y, state = self.extend(normed, state)
+        return x, y, state
+
+    def reserve(self, state: State, tokens: int) -> State:
+        """The state with room for so many tokens from its first on; itself where it does not grow, or has the room."""
+        return state
 
     @abstractmethod
     def flops(self, seq_len: int) -> int:
@@ -69,6 +88,10 @@ class SequenceMixer(nn.Module, ABC):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay would harm (vectors and scalars are spared without being named)."""
         return set()
+
+    def matrices(self) -> set[str]:
+        """Names of the parameters that are factors of products alone: a copy to decode may hold them in bf16."""
+        return {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Linear)}
 
     def lr_multipliers(self) -> dict[str, float]:
         """Parameters whose paper asks for a multiple of the learning rate, by name."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from zoo.contract import SequenceMixer, State
 from zoo.errors import ZooError
+from zoo.ops import decode
 from zoo.ops.rotary import phases, turn
 
 
@@ -48,6 +49,16 @@ def enlarged(cache: Tensor, length: int) -> Tensor:
     return larger
 
 
+def unasked(position: Tensor, tokens: int) -> bool:
+    """Whether the device may not be asked for a position: of one token on a GPU (`SequenceMixer.extend`)."""
+    return position.is_cuda and tokens == 1
+
+
+def filled(positions: Tensor, room: int) -> int:
+    """How many entries of a cache with so much room positions [B, t] reach; all of it where nobody may ask."""
+    return room if unasked(positions, positions.shape[1]) else int(positions.max()) + 1
+
+
 def small_init_(weight: Tensor, gain: float = 1.0) -> None:
     """N(0, 2 / 5D) times `gain`, the "small init" of Nguyen and Salazar (1910.05895), D the weight's input width."""
     nn.init.normal_(weight, std=gain * (2 / (5 * weight.shape[1])) ** 0.5)
@@ -73,6 +84,13 @@ class SwiGLU(SequenceMixer):
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         return self(x), state
+
+    def extend_normed(self, x: Tensor, y: Tensor | None, norm: nn.LayerNorm,
+                      state: State) -> tuple[Tensor, Tensor, State]:
+        if not decode.takes(x, self.gate_up.weight, self.down.weight):
+            return super().extend_normed(x, y, norm, state)
+        x, hidden = decode.norm_linear(x, y, norm, self.gate_up.weight, glu=True)
+        return x, decode.linear(hidden, self.down.weight), state
 
     def flops(self, seq_len: int) -> int:
         return 2 * seq_len * (self.gate_up.weight.numel() + self.down.weight.numel())

@@ -13,6 +13,7 @@ from zoo.contract import SequenceMixer, State
 from zoo.errors import ZooError
 from zoo.layers import SwiGLU, head_dim
 from zoo.mixers import build_mixer, check_options
+from zoo.ops import decode
 from zoo.ops.add_norm import add_norm
 from zoo.ops.cross_entropy import linear_cross_entropy
 from zoo.ops.documents import check_documents
@@ -195,22 +196,43 @@ class LanguageModel(nn.Module):
         Tensors of the state passed in may be overwritten: clone it first to come back to it.
         Raises ZooError past the model's limit.
         """
-        if self.max_len is not None:
-            self.check_length(int(state["position"].max()) + tokens.shape[1])
-        parts: dict[str, State] = {name: {} for name, _ in self.mixers()}
-        for key, value in state.items():
-            if key != "position":
-                owner, _, entry = key.rpartition(".")
-                parts[owner][entry] = value
+        return self.read(tokens, self.reserve(state, tokens.shape[1]))
+
+    def reserve(self, state: State, tokens: int) -> State:
+        """The state with room for so many tokens more in every row. Raises ZooError past the model's limit.
+
+        It has to ask the device how far the rows are.
+        """
+        length = int(state["position"].max()) + tokens
+        self.check_length(length)
+        parts, new = self._parts(state), {"position": state["position"]}
+        for name, mixer in self.mixers():
+            new |= _named(name, mixer.reserve(parts[name], length))
+        return new
+
+    def read(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """`extend` of a state that has the room (`reserve`): of one token a GPU is asked nothing, so that it can be
+        recorded."""
+        parts = self._parts(state)
         x, y = self.embedding_norm(self.embedding(tokens)), None
         new: State = {"position": state["position"] + tokens.shape[1]}
         for i, block in enumerate(self.blocks):
             for slot, norm, mixer in block.slots():
                 name = f"blocks.{i}.{slot}"
-                x, normed = add_norm(x, y, norm, mixer.projects_input)
-                y, part = mixer.extend(normed, parts[name])
-                new |= {f"{name}.{entry}": value for entry, value in part.items()}
+                x, y, part = mixer.extend_normed(x, y, norm, parts[name])
+                new |= _named(name, part)
+        if decode.takes(x, self.head.weight):
+            return decode.norm_linear(x, y, self.norm, self.head.weight)[1], new
         return self.head(add_norm(x, y, self.norm, narrow=True)[1]), new
+
+    def _parts(self, state: State) -> dict[str, State]:
+        """Each mixer's own state, by the mixer's name."""
+        parts: dict[str, State] = {name: {} for name, _ in self.mixers()}
+        for key, value in state.items():
+            if key != "position":
+                owner, _, entry = key.rpartition(".")
+                parts[owner][entry] = value
+        return parts
 
     def set_step(self, step: int) -> None:
         """Tell the mixers the number of the optimiser step to come (Performer redraws its features by it)."""
@@ -235,3 +257,8 @@ class LanguageModel(nn.Module):
             decay = weight_decay if parameter.ndim >= 2 and name not in spared else 0.0
             groups.setdefault((lr * multiple.get(name, 1.0), decay), []).append(parameter)
         return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+
+
+def _named(owner: str, part: State) -> State:
+    """A mixer's state as part of the model's."""
+    return {f"{owner}.{entry}": value for entry, value in part.items()}

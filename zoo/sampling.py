@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 from zoo.contract import State
 from zoo.errors import ZooError
 from zoo.model import LanguageModel
+
+if TYPE_CHECKING:
+    from zoo.decoding import Recorded
 
 PREFILL = 1024  # prompt tokens read at a time, so that a long prompt's logits are never in memory together
 DRAWN_AHEAD = 256  # random numbers of a row that go to the device together
@@ -228,7 +232,13 @@ class Continuation:
                 seen[row, list(prompt)] = True
             seen = seen.to(self.device)
         logits, behind = prefill(model, prompts, longest + max_tokens - 1, state)
-        self.steps = Steps(model, logits, behind, sampling, seen)
+        self.steps: Steps | Recorded
+        if self.device.type == "cuda":
+            from zoo.decoding import Recorded  # which is built on this file
+
+            self.steps = Recorded(model, logits, behind, sampling, seen)
+        else:
+            self.steps = Steps(model, logits, behind, sampling, seen)
         self.draws, self.used = torch.empty(len(prompts), 0), 0
 
     @torch.inference_mode()

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from zoo.contract import SequenceMixer, State
 from zoo.errors import ZooError, choose
-from zoo.layers import head_dim, small_init_
+from zoo.layers import filled, head_dim, small_init_, unasked
+from zoo.ops import decode
 from zoo.ops.aft import EMPTY, Cache, Sums, absorb, aft_conv, aft_full, aft_local, aft_local_in_row, aft_simple, slide
+from zoo.ops.decode_mixers import AFT_LOCAL, aft_local_token
 
 Device = torch.device | str | None
 BIAS_STD = 0.1  # factors of the position biases are drawn from N(0, 10^-2), section 5.1
@@ -70,6 +72,10 @@ class Variant(nn.Module, ABC):
     @abstractmethod
     def extend(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]: ...
 
+    def reserve(self, state: State, tokens: int) -> State:
+        """`SequenceMixer.reserve`."""
+        return state
+
     @abstractmethod
     def pairs(self, seq_len: int) -> int:
         """How many (row, key) pairs have a bias; each costs two multiply-adds a channel, for num and den."""
@@ -126,20 +132,28 @@ class Full(Factored):
                 **_empty_cache(shape, shape, device, dtype)}
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
-        keys, values, position = state["keys"], state["values"], state["position"]
-        batch, length, dim = k.shape
-        filled = int(position.max())
-        if filled + length > keys.shape[1]:
-            more = (batch, max(length, keys.shape[1]), dim)
-            room = _empty_cache(more, more, keys.device, keys.dtype)
-            keys, values = torch.cat([keys, room["keys"]], 1), torch.cat([values, room["values"]], 1)
+        position, (batch, length, _) = state["position"], k.shape
         at = position.unsqueeze(1) + torch.arange(length, device=position.device)
+        end = filled(at, state["keys"].shape[1])
+        state = self.reserve(state, end)
+        keys, values = state["keys"], state["values"]
+        past = end if unasked(position, length) else end - length  # the row that is furthest on has so many
         row, column = self.row[at], self.column[at]
-        bias = torch.cat([_product(row, self.column[:filled].T), _product(row, column.mT)], -1)
-        y = aft_full(q, k, v, bias, Cache(keys[:, :filled], values[:, :filled]) if filled else None)
+        seen = torch.arange(past, device=position.device) < position[:, None, None]
+        earlier = _product(row, self.column[:past].T).masked_fill(~seen, -torch.inf)
+        bias = torch.cat([earlier, _product(row, column.mT)], -1)
+        y = aft_full(q, k, v, bias, Cache(keys[:, :past], values[:, :past]) if past else None)
         of = torch.arange(batch, device=position.device).unsqueeze(1)
         keys[of, at], values[of, at] = k.to(keys.dtype), v.to(values.dtype)
         return y, {"position": position + length, "keys": keys, "values": values}
+
+    def reserve(self, state: State, tokens: int) -> State:
+        keys, values = state["keys"], state["values"]
+        if (missing := tokens - keys.shape[1]) <= 0:
+            return state
+        more = len(keys), max(missing, keys.shape[1]), self.dim
+        room = _empty_cache(more, more, keys.device, keys.dtype)
+        return state | {"keys": torch.cat([keys, room["keys"]], 1), "values": torch.cat([values, room["values"]], 1)}
 
     def pairs(self, seq_len: int) -> int:
         return seq_len * (seq_len + 1) // 2
@@ -280,6 +294,19 @@ class AFT(SequenceMixer):
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         y, state = self.variant.extend(*self.variant.split(self.qkv(x)), state=state)
         return self.out(y), state
+
+    def extend_normed(self, x: Tensor, y: Tensor | None, norm: nn.LayerNorm,
+                      state: State) -> tuple[Tensor, Tensor, State]:
+        local = self.variant
+        if not (isinstance(local, Local) and local.window > 1 and decode.takes(x, self.qkv.weight, self.out.weight)
+                and AFT_LOCAL.chosen(x, local.dim, local.window, local.row.shape[1])):
+            return super().extend_normed(x, y, norm, state)
+        x, qkv = decode.norm_linear(x, y, norm, self.qkv.weight)
+        state = decode.dense(state)
+        return x, aft_local_token(qkv, local.row, local.column, state, self.out.weight), state
+
+    def reserve(self, state: State, tokens: int) -> State:
+        return self.variant.reserve(state, tokens)
 
     def flops(self, seq_len: int) -> int:
         projections = 2 * seq_len * (self.qkv.weight.numel() + self.out.weight.numel())

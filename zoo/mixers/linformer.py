@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from zoo.contract import SequenceMixer, State
 from zoo.errors import ZooError
-from zoo.layers import enlarged, head_dim, rotary, small_init_, token_positions
+from zoo.layers import enlarged, head_dim, rotary, small_init_, token_positions, unasked
+from zoo.ops import decode
 from zoo.ops.attention import block_attention, masked_attention
+from zoo.ops.decode_mixers import BLOCKS, attend_blocks_token
 from zoo.ops.linear_attention import linear_attention
 from zoo.ops.rotary import phases, turn
 from zoo.ops.summary_attention import summaries, summary_attention
@@ -66,6 +68,20 @@ class Linformer(SequenceMixer):
         q, k, v = self.project(x).chunk(3, dim=2)
         y, state = self.memory.extend(q, k, v, state)
         return self.out(y.flatten(-2)), state
+
+    def extend_normed(self, x: Tensor, y: Tensor | None, norm: nn.LayerNorm,
+                      state: State) -> tuple[Tensor, Tensor, State]:
+        blocks = self.memory
+        if not (isinstance(blocks, BlockMemory) and self.head_dim % 2 == 0
+                and decode.takes(x, self.qkv.weight, self.out.weight)
+                and BLOCKS.chosen(x, self.head_dim, blocks.rank, blocks.block)):
+            return super().extend_normed(x, y, norm, state)
+        x, qkv = decode.norm_linear(x, y, norm, self.qkv.weight)
+        state = decode.dense(state)
+        return x, attend_blocks_token(qkv, state, blocks.E, blocks.F, self.out.weight), state
+
+    def reserve(self, state: State, tokens: int) -> State:
+        return self.memory.reserve(state, tokens) if isinstance(self.memory, BlockMemory) else state
 
     def flops(self, seq_len: int) -> int:
         return 2 * seq_len * (self.qkv.weight.numel() + self.out.weight.numel()) + self.memory.flops(seq_len)
@@ -136,7 +152,13 @@ class BlockMemory(nn.Module):
         state = {name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
         return state | {"position": torch.zeros(batch_size, device=device, dtype=torch.int64)}
 
+    def reserve(self, state: State, tokens: int) -> State:
+        """`SequenceMixer.reserve`; there are summaries of whole blocks alone."""
+        return state | {name: enlarged(state[name], tokens // self.block) for name in ("k_summary", "v_summary")}
+
     def extend(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
+        if unasked(state["position"], q.shape[1]):
+            return self.extend_one(q, k, v, state)
         parts = []
         for a in range(0, q.shape[1], self.block):
             piece = slice(a, a + self.block)
@@ -180,6 +202,25 @@ class BlockMemory(nn.Module):
                 window[finishing, : t - 1] = window[finishing, C:]
         return y, {"k": k_window[:, :C], "v": v_window[:, :C], "k_summary": k_summary, "v_summary": v_summary,
                    "position": state["position"] + t}
+
+    def extend_one(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token with nothing asked of the device: every row's block is summarised, and kept where it is full."""
+        position, k_own, v_own, C = state["position"], state["k"], state["v"], self.block
+        rows, offset, start = torch.arange(len(q), device=q.device), position % C, position // C * C
+        k_own[rows, offset], v_own[rows, offset] = k[:, 0].to(k_own.dtype), v[:, 0].to(v_own.dtype)
+        room = state["k_summary"].shape[1]
+        if room:
+            at, full = (start // C).clamp(max=room - 1), (offset == C - 1)[:, None, None, None]
+            done = summaries(k_own[:, None], v_own[:, None], self.E, self.F, self.phases_of(k_own, start.unsqueeze(1)))
+            for name, new in zip(("k_summary", "v_summary"), done, strict=True):
+                state[name][rows, at] = torch.where(full, new[:, 0].to(k_own.dtype), state[name][rows, at])
+        place = torch.arange(C, device=q.device)
+        earlier = torch.arange(room, device=q.device).repeat_interleave(self.rank) < (start // C).unsqueeze(1)
+        visible = torch.cat([earlier, place <= offset.unsqueeze(1)], dim=-1).unsqueeze(1)
+        keys = torch.cat([state["k_summary"].flatten(1, 2), rotary(k_own, start.unsqueeze(1) + place)], dim=1)
+        values = torch.cat([state["v_summary"].flatten(1, 2), v_own], dim=1)
+        y = masked_attention(rotary(q, position.unsqueeze(1)), keys, values, visible)
+        return y, state | {"position": position + 1}
 
     def flops(self, seq_len: int) -> int:
         """Pairs counted as the causal mask leaves them: of a token with its block's, and with each earlier summary."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 from zoo.contract import SequenceMixer, State
 from zoo.errors import ZooError
 from zoo.layers import head_dim, small_init_, token_positions
+from zoo.ops import decode
+from zoo.ops.decode_mixers import FAVOR, favor_token
 from zoo.ops.favor import favor_attention, orbit_frequencies, orbit_projection
 from zoo.ops.rotary import turn
 
@@ -79,15 +83,25 @@ class Performer(SequenceMixer):
 
     def init_state(self, batch_size: int, max_len: int, *, device: torch.device | str | None = None,
                    dtype: torch.dtype = torch.float32) -> State:
-        """sums: of what is left of the key features times [value, 1]."""
+        """sums: of what is left of the key features times [value, 1], over the whole past: float32 at least."""
         shape = batch_size, self.heads, self.features, self.head_dim + 1
-        return {"sums": torch.zeros(shape, device=device, dtype=dtype),
+        return {"sums": torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32)),
                 "position": torch.zeros(batch_size, device=device, dtype=torch.int64)}
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         positions = state["position"].unsqueeze(1) + torch.arange(x.shape[1], device=x.device)
         y, sums = self._attend(x, positions, state["sums"])
         return y, {"sums": sums.to(state["sums"].dtype), "position": state["position"] + x.shape[1]}
+
+    def extend_normed(self, x: Tensor, y: Tensor | None, norm: nn.LayerNorm,
+                      state: State) -> tuple[Tensor, Tensor, State]:
+        ours = self.head_dim % 2 == 0 and decode.takes(x, self.qkv.weight, self.out.weight)
+        if not (ours and FAVOR.chosen(x, self.head_dim, self.features)):
+            return super().extend_normed(x, y, norm, state)
+        x, qkv = decode.norm_linear(x, y, norm, self.qkv.weight)
+        decay = _slopes_once(self.heads, x.device)
+        state = decode.dense(state)
+        return x, favor_token(qkv, self.projection, decay, MAX_NORM, state, self.out.weight), state
 
     def flops(self, seq_len: int) -> int:
         """Projections, features of queries and keys, and for each token the state's update and its readout."""
@@ -119,6 +133,11 @@ class Performer(SequenceMixer):
 def slopes(heads: int, device: torch.device) -> Tensor:
     """2^(-8 h / H) of head h = 1, ..., H (2108.12409, section 3)."""
     return torch.exp2(-8 / heads * torch.arange(1, heads + 1, device=device))
+
+
+@cache
+def _slopes_once(heads: int, device: torch.device) -> Tensor:
+    return slopes(heads, device)
 
 
 def _forget_draw(mixer: Performer, incompatible_keys: object) -> None:

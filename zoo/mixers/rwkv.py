@@ -21,10 +21,14 @@ from torch import Tensor, nn
 from zoo.contract import SequenceMixer, State
 from zoo.errors import ZooError
 from zoo.layers import head_dim
+from zoo.ops import decode
+from zoo.ops.decode_mixers import RWKV, channel_mix_token, time_mix_token
 from zoo.ops.norm_gate import norm_gate
 from zoo.ops.squared_relu import squared_relu
 from zoo.ops.token_mix import ddlerp, token_mix
 from zoo.ops.wkv6 import wkv6_of
+
+NORM_EPS = 64e-5  # of the heads' norm
 
 
 def _last(x: Tensor, state: State) -> State:
@@ -61,6 +65,14 @@ class ChannelMix(SequenceMixer):
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         return self._mixed(*token_mix(x, self.mix, previous=state["shift"])), _last(x, state)
+
+    def extend_normed(self, x: Tensor, y: Tensor | None, norm: nn.LayerNorm,
+                      state: State) -> tuple[Tensor, Tensor, State]:
+        weights = self.key.weight, self.receptance.weight, self.value.weight
+        if not decode.takes(x, *weights):
+            return super().extend_normed(x, y, norm, state)
+        state = decode.dense(state)
+        return *channel_mix_token(x, y, norm, state, self.mix, *weights), state
 
     def flops(self, seq_len: int) -> int:
         return 2 * seq_len * sum(linear.weight.numel() for linear in (self.key, self.receptance, self.value))
@@ -119,7 +131,7 @@ class TimeMix(SequenceMixer):
         d = torch.tanh(xw @ self.decay_down) @ self.decay_up
         r, k, v, d = (z.unflatten(-1, self.bonus.shape) for z in (self.receptance(xr), self.key(xk), self.value(xv), d))
         y, wkv = wkv6_of(r, k, v, d, self.decay.view_as(self.bonus), self.bonus, wkv, cu_seqlens)
-        return self.output(norm_gate(y, self.gate(xg), self.norm_weight, self.norm_bias, eps=64e-5)), wkv
+        return self.output(norm_gate(y, self.gate(xg), self.norm_weight, self.norm_bias, eps=NORM_EPS)), wkv
 
     def init_state(self, batch_size: int, max_len: int, *, device: torch.device | str | None = None,
                    dtype: torch.dtype = torch.float32) -> State:
@@ -130,6 +142,19 @@ class TimeMix(SequenceMixer):
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         y, wkv = self._mixed(x, state["shift"], state["wkv"], None)
         return y, _last(x, state) | {"wkv": wkv}
+
+    def extend_normed(self, x: Tensor, y: Tensor | None, norm: nn.LayerNorm,
+                      state: State) -> tuple[Tensor, Tensor, State]:
+        weights = self.key.weight, self.value.weight, self.receptance.weight, self.gate.weight
+        sizes = self.bonus.shape[1], self.mix_up.shape[1], self.decay_up.shape[0]
+        if not (decode.takes(x, *weights, self.output.weight) and RWKV.chosen(x, *sizes)):
+            return super().extend_normed(x, y, norm, state)
+        state = decode.dense(state)
+        x, y = time_mix_token(
+            x, y, norm, state, mix_base=self.mix_base, mix_down=self.mix_down, mix=self.mix, mix_up=self.mix_up,
+            decay_down=self.decay_down, decay_up=self.decay_up, decay=self.decay, bonus=self.bonus, weights=weights,
+            norm_weight=self.norm_weight, norm_bias=self.norm_bias, eps=NORM_EPS, output=self.output.weight)
+        return x, y, state
 
     def flops(self, seq_len: int) -> int:
         linears = (self.key, self.value, self.receptance, self.gate, self.output)
@@ -165,6 +190,9 @@ class TimeMix(SequenceMixer):
 
     def no_weight_decay(self) -> set[str]:
         return {"mix", "mix_down", "mix_up", "decay_down", "decay_up", "bonus"}
+
+    def matrices(self) -> set[str]:
+        return super().matrices() | {"mix_down", "mix_up", "decay_down", "decay_up"}
 
     def lr_multipliers(self) -> dict[str, float]:
         return {"decay": 2.0}

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from zoo.contract import SequenceMixer, State
 from zoo.errors import ZooError
-from zoo.layers import enlarged, head_dim, rotary, small_init_, token_positions
+from zoo.layers import enlarged, filled, head_dim, rotary, small_init_, token_positions
+from zoo.ops import decode
 from zoo.ops.attention import attend_cache, rotary_attention
+from zoo.ops.decode_mixers import ATTENTION, attend_token
 from zoo.ops.rotary import phases
 
 
@@ -53,7 +55,7 @@ class Attention(SequenceMixer):
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         B, t, _ = x.shape
         positions = state["position"].unsqueeze(1) + torch.arange(t, device=x.device)
-        end = int(positions.max()) + 1
+        end = filled(positions, state["k"].shape[1])
         rows = torch.arange(B, device=x.device).unsqueeze(1)
         k_cache, v_cache = enlarged(state["k"], end), enlarged(state["v"], end)
         q, k, v = self.project(x).split([self.heads, self.kv_heads, self.kv_heads], dim=2)
@@ -62,6 +64,18 @@ class Attention(SequenceMixer):
         v_cache[rows, positions] = v.to(v_cache.dtype)
         y = attend_cache(q, k_cache[:, :end], v_cache[:, :end], positions)
         return self.out(y.flatten(-2)), {"k": k_cache, "v": v_cache, "position": state["position"] + t}
+
+    def extend_normed(self, x: Tensor, y: Tensor | None, norm: nn.LayerNorm,
+                      state: State) -> tuple[Tensor, Tensor, State]:
+        ours = self.head_dim % 2 == 0 and decode.takes(x, self.qkv.weight, self.out.weight)
+        if not (ours and ATTENTION.chosen(x, self.head_dim)):
+            return super().extend_normed(x, y, norm, state)
+        x, qkv = decode.norm_linear(x, y, norm, self.qkv.weight)
+        state = decode.dense(state)
+        return x, attend_token(qkv, state, self.heads, self.out.weight), state
+
+    def reserve(self, state: State, tokens: int) -> State:
+        return state | {name: enlarged(state[name], tokens) for name in ("k", "v")}
 
     def flops(self, seq_len: int) -> int:
         """Counts only the T (T + 1) / 2 pairs that the causal mask leaves, 2 D each for the score and for the value."""
