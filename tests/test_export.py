@@ -11,7 +11,10 @@ import torch
 
 import zoo
 from zoo import ZooError
+from zoo.cli import main
 from zoo.export import export_run
+from zoo.export_hf import export_hf
+from zoo.pretrained import read_json
 from zoo.training.run import train
 
 TEXT = "the cat sat on the mat, the dog on the log, and the hen on the pen.\n"
@@ -72,6 +75,50 @@ def test_best_and_last_and_half_precision(run: Path, tmp_path: Path) -> None:
     fallen_back = zoo.load_pretrained(export_run(run, tmp_path / "back", complain=complaints.append))
     assert fallen_back.card["step"] == 2
     assert str(last) in complaints[0]
+
+
+def test_for_transformers(finished: Path, run: Path, tmp_path: Path) -> None:
+    """Of a finished run what it saved, else a checkpoint; of a saved model its own dtype, or the one asked for."""
+    expected = zoo.load_pretrained(finished)
+    whole = zoo.load_pretrained(export_hf(finished, tmp_path / "whole"))
+    assert "evaluation" in whole.card
+    assert whole.card.keys() == expected.card.keys()
+    checkpoint = zoo.load_pretrained(export_hf(run, tmp_path / "checkpoint"))
+    assert "evaluation" not in checkpoint.card
+    tokens = torch.randint(270, (2, 30))
+    for model in (whole, checkpoint):
+        assert torch.equal(model(tokens), expected(tokens))
+        assert model.tokenizer.encode("the cat").tolist() == expected.tokenizer.encode("the cat").tolist()
+    shutil.copy(min(run.glob("checkpoints/step-*.ckpt")), run / "checkpoints" / "best.ckpt")
+    assert zoo.load_pretrained(export_hf(run, tmp_path / "best", which="best")).card["step"] < 4
+    half = export_run(run, tmp_path / "half", dtype=torch.bfloat16)
+    for dtype, stored in ((None, "bfloat16"), (torch.float32, "float32")):
+        config = read_json(export_hf(half, tmp_path / stored, dtype=dtype) / "config.json")
+        assert config["zoo"]["weights"]["dtype"] == stored
+    again = export_hf(tmp_path / "bfloat16", tmp_path / "again")
+    assert zoo.load_pretrained(again).card == zoo.load_pretrained(half).card
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["RUN", "OUT", "--to", "onnx"], "unknown reader 'onnx'; allowed: hf, zoo"),
+    (["RUN", "hf://a/b", "--to", "zoo"], "unknown reader 'zoo'; allowed: hf"),
+    (["RUN", "hf://a"], "'hf://a' is no address of a model; allowed: hf://OWNER/NAME"),
+    (["RUN", "OUT", "--public"], "--public is of an upload; allowed with hf://OWNER/NAME"),
+    (["RUN", "OUT", "--to", "hf", "--publish", "words"], "--publish makes a folder of the zoo's own"),
+    (["no.such-model", "OUT", "--to", "hf"], "unknown saved model (and no folder of that name) 'no.such-model'"),
+    (["RUN", "OUT", "--to", "hf", "--dtype", "int8"], "unknown dtype 'int8'"),
+    (["RUN", "OUT", "--to", "hf", "--which", "first"], "unknown checkpoint 'first'; allowed: best, last"),
+    (["RUN", "RUN", "--to", "hf"], "is not a saved model alone: it is left as it is"),
+])
+def test_wrong_exports_are_one_line_and_status_2(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                 arguments: list[str], message: str) -> None:
+    places = {"RUN": str(run), "OUT": str(tmp_path / "out")}
+    with pytest.raises(SystemExit) as stop:
+        main(["export", *(places.get(argument, argument) for argument in arguments)])
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import runpy
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -253,6 +255,7 @@ def test_fresh_weights_are_the_zoos_own(folder: Path) -> None:
     """From a configuration alone: drawn as every zoo model is, not by transformers' normal distribution."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    assert config.tie_word_embeddings is False  # transformers 4 ties them unless told not to
     assert model.get_input_embeddings().weight.abs().max() <= 1e-4
     gram = model.get_output_embeddings().weight.T @ model.get_output_embeddings().weight
     assert torch.equal(gram.argmax(1), torch.arange(len(gram)))  # the head is orthogonal
@@ -298,6 +301,16 @@ def test_without_the_zoo_it_says_what_is_needed(folder: Path, monkeypatch: pytes
     with pytest.raises(ImportError, match=r"needs the project that it was exported from .*zoo-lm") as caught:
         runpy.run_path(str(folder / "modeling_zoo.py"))
     assert "\n" not in str(caught.value)
+
+
+def test_what_the_docs_say_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = (ROOT / "docs" / "pretrained.md").read_text().partition("\n## In transformers\n")[2].partition("\n## ")[0]
+    (command,), (code,) = (re.findall(rf"^```{kind}\n(.*?)^```", section, re.M | re.S) for kind in ("bash", "python"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(shlex.split(command)[1:])
+    assert stop.value.code == 0
+    exec(compile(code, "docs/pretrained.md", "exec"), {})
 
 
 def test_no_socket_is_opened(tmp_path: Path) -> None:

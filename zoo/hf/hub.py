@@ -16,7 +16,7 @@ from zoo.pretrained import FILES, HF_FILES, REMOTE, find_saved, load_pretrained
 
 _PART = r"[a-z0-9](?:[\w.-]*\w)?"  # neither hidden nor a way upwards
 _ADDRESS = re.compile(rf"{REMOTE}({_PART}/{_PART})(?:@({_PART}(?:/{_PART})*))?", re.ASCII | re.IGNORECASE)
-_FETCHED = sorted((FILES | HF_FILES) - {"modeling_zoo.py", "README.md", "curve.csv"})
+_FETCHED = sorted((FILES | HF_FILES) - {"modeling_zoo.py", "README.md"})
 
 
 def download(address: str, *, endpoint: str | None = None, cache: str | Path | None = None) -> Path:
