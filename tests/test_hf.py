@@ -318,7 +318,7 @@ def test_no_socket_is_opened(tmp_path: Path) -> None:
     code = f"""
 import sys
 def refuse(event, arguments):
-    if event.startswith("socket.") and event not in ("socket.gethostname", "socket.__new__"):
+    if event.startswith("socket.") and event != "socket.gethostname":
         raise SystemExit(f"{{event}} {{arguments}}")
 sys.addaudithook(refuse)
 hidden = "transformers", "lightning", "hydra"

@@ -30,7 +30,7 @@ NAME = "somebody/rwkv.small"
 REFUSING = """
 import sys
 def refuse(event, arguments):
-    if event.startswith("socket.") and event not in ("socket.gethostname", "socket.__new__"):
+    if event.startswith("socket.") and event != "socket.gethostname":
         raise SystemExit(f"{event} {arguments}")
 sys.addaudithook(refuse)
 """
