@@ -4,22 +4,37 @@ At a batch of one a weight is read once and used once, so the time is that of it
 token shift, an activation or the merging of an attention's parts costs less inside the product than a launch of its
 own, though every program does it anew. Rows are single tokens, [B, D]; activations are float32, weights any float.
 
+On Hopper and later a kernel begins while the one before is still at work (programmatic dependent launch) and has its
+weights under way when that one's results are there: `ready` waits for them. Before it a kernel reads nothing that is
+written in a step but what the last step wrote.
+
 A single row, and every row beside float32 weights, is multiplied and added up by itself, BM = 1; with 16-bit weights
 `ROWS` make a tile of `dot`.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from zoo.kernels._common import cdiv, dot, power_of_two
 
 ROWS = 16  # of a tile of `dot`
 TILE = 8192  # weights a program has in flight: 64 to each of 128 threads
 PROGRAMS = 128  # that a product is cut into, about one to a multiprocessor
+
+
+@triton.jit
+def ready(EARLY: tl.constexpr):
+    """Wait until the kernels before are done; the next may begin from here on."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -68,13 +83,14 @@ def summed_norm(p_x, p_y, p_gain, p_bias, p_sum, o_b, B, eps, first, D: tl.const
 @triton.jit(do_not_specialize=["B"])
 def norm_linear_kernel(p_x, p_y, p_gain, p_bias, p_w, p_sum, p_out, B, N, stride_n, stride_k, eps, D: tl.constexpr,
                        BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ADDS: tl.constexpr, GLU: tl.constexpr,
-                       DOT: tl.constexpr):
+                       DOT: tl.constexpr, EARLY: tl.constexpr):
     """out = W norm(x + y); GLU: of W's 2 N rows the first N make the gate, silu(gate) up."""
     i_n, o_d = tl.program_id(0), tl.arange(0, BD)
     o_b, o_n = tl.program_id(1) * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
     b_w = weight_tile(p_w, o_n, N, o_d, D, stride_n, stride_k, DOT)
     if GLU:
         b_up = weight_tile(p_w + N.to(tl.int64) * stride_n, o_n, N, o_d, D, stride_n, stride_k, DOT)
+    ready(EARLY)
     b_x = summed_norm(p_x, p_y, p_gain, p_bias, p_sum, o_b, B, eps, i_n == 0, D, BD, ADDS)
     b_out = product(b_x, b_w, DOT)
     if GLU:
@@ -86,18 +102,27 @@ def norm_linear_kernel(p_x, p_y, p_gain, p_bias, p_w, p_sum, p_out, B, N, stride
 @triton.jit(do_not_specialize=["B"])
 def linear_kernel(p_x, p_w, p_gate, p_out, p_from, p_to, p_position, B, N, K, stride_b, stride_n, stride_gate,
                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GATED: tl.constexpr, MOVES: tl.constexpr,
-                  ADVANCES: tl.constexpr, DOT: tl.constexpr):
+                  ADVANCES: tl.constexpr, ONCE: tl.constexpr, DOT: tl.constexpr, EARLY: tl.constexpr):
     """out = gate * (W x). MOVES: `from` [B, N] goes `to` its place; ADVANCES: every row's position by one."""
     i_n = tl.program_id(0)
     o_b, o_n = tl.program_id(1) * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
     m_b = o_b < B
     m = m_b[:, None] & (o_n < N)[None, :]
-    b_out = tl.zeros([BM, BN], tl.float32)
-    for k in range(0, K, BK):
-        o_k = k + tl.arange(0, BK)
+    if ONCE:  # BK is no less than K
+        o_k = tl.arange(0, BK)
         b_w = weight_tile(p_w, o_n, N, o_k, K, stride_n, 1, DOT)
+        ready(EARLY)
         b_x = tl.load(p_x + o_b[:, None] * stride_b + o_k[None, :], mask=m_b[:, None] & (o_k < K)[None, :], other=0.0)
-        b_out += product(b_x, b_w, DOT)
+        b_out = product(b_x, b_w, DOT)
+    else:
+        ready(EARLY)
+        b_out = tl.zeros([BM, BN], tl.float32)
+        for k in range(0, K, BK):
+            o_ki = k + tl.arange(0, BK)
+            b_wi = weight_tile(p_w, o_n, N, o_ki, K, stride_n, 1, DOT)
+            b_xi = tl.load(p_x + o_b[:, None] * stride_b + o_ki[None, :], mask=m_b[:, None] & (o_ki < K)[None, :],
+                           other=0.0)
+            b_out += product(b_xi, b_wi, DOT)
     if GATED:
         b_out *= tl.load(p_gate + o_b[:, None] * stride_gate + o_n[None, :], mask=m, other=0.0)
     if MOVES:
@@ -111,7 +136,8 @@ def linear_kernel(p_x, p_w, p_gate, p_out, p_from, p_to, p_position, B, N, K, st
 
 @triton.jit(do_not_specialize=["S"])
 def merge_linear_kernel(p_o, p_m, p_l, p_w, p_out, p_position, N, S, stride_n, H: tl.constexpr, K: tl.constexpr,
-                        BN: tl.constexpr, BS: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):
+                        BN: tl.constexpr, BS: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+                        EARLY: tl.constexpr):
     """out = W y, y_h = sum_s 2^m_s o_s / sum_s 2^m_s l_s of a head's parts o [B, S, H, K], m, l [B, S, H]; a row each.
 
     Every row's position advances by one.
@@ -122,6 +148,7 @@ def merge_linear_kernel(p_o, p_m, p_l, p_w, p_out, p_position, N, S, stride_n, H
     o_hk = o_h[:, None] * K + o_k[None, :]
     b_w = tl.load(p_w + o_n.to(tl.int64)[:, None, None] * stride_n + o_hk[None, :, :],
                   mask=(o_n < N)[:, None, None] & m_hk[None, :, :], other=0.0)
+    ready(EARLY)
     m_sh = (o_s < S)[:, None] & (o_h < H)[None, :]
     o_sh = (i_b * S + o_s)[:, None] * H + o_h[None, :]
     b_m = tl.load(p_m + o_sh, mask=m_sh, other=-float("inf"))
@@ -136,6 +163,18 @@ def merge_linear_kernel(p_o, p_m, p_l, p_w, p_out, p_position, N, S, stride_n, H
     tl.store(p_out + i_b * N + o_n, b_out, mask=o_n < N)
     if i_n == 0:
         tl.store(p_position + i_b, tl.load(p_position + i_b) + 1)
+
+
+def early(x: Tensor) -> dict[str, bool]:
+    """Options of a launch that begins before the kernel before it has ended, where the GPU can."""
+    if x.is_cuda and _hopper(x.device):
+        return {"EARLY": True, "launch_pdl": True}
+    return {"EARLY": False}
+
+
+@cache
+def _hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def tiles(B: int, N: int, width: int, dtype: torch.dtype) -> tuple[bool, int, int]:
@@ -156,7 +195,7 @@ def norm_linear(x: Tensor, y: Tensor | None, gain: Tensor, bias: Tensor, eps: fl
     with torch.cuda.device_of(x):
         norm_linear_kernel[cdiv(N, BN), cdiv(B, BM)](
             x, x if y is None else y, gain, bias, weight, summed, out, B, N, *weight.stride(), eps, D=D, BM=BM, BN=BN,
-            BD=BD, ADDS=y is not None, GLU=glu, DOT=DOT, num_warps=4)
+            BD=BD, ADDS=y is not None, GLU=glu, DOT=DOT, num_warps=4, **early(x))
     return summed, out
 
 
@@ -175,7 +214,8 @@ def linear(x: Tensor, weight: Tensor, gate: Tensor | None = None, moves: tuple[T
         linear_kernel[cdiv(N, BN), cdiv(B, BM)](
             x, weight, x if gate is None else gate, out, source, to, x if position is None else position, B, N, K,
             x.stride(0), weight.stride(0), 0 if gate is None else gate.stride(0), BM=BM, BN=BN, BK=BK,
-            GATED=gate is not None, MOVES=moves is not None, ADVANCES=position is not None, DOT=DOT, num_warps=4)
+            GATED=gate is not None, MOVES=moves is not None, ADVANCES=position is not None, ONCE=K <= BK, DOT=DOT,
+            num_warps=4, **early(x))
     return out
 
 
@@ -187,5 +227,5 @@ def merge_linear(o: Tensor, m: Tensor, length: Tensor, weight: Tensor, position:
     out = o.new_empty(B, N)
     with torch.cuda.device_of(o):
         merge_linear_kernel[cdiv(N, BN), B](o, m, length, weight, out, position, N, S, weight.stride(0), H=H, K=K,
-                                            BN=BN, BS=power_of_two(S), BH=BH, BK=BK, num_warps=4)
+                                            BN=BN, BS=power_of_two(S), BH=BH, BK=BK, num_warps=4, **early(o))
     return out

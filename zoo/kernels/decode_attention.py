@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._common import LOG2E, cdiv, power_of_two
+from zoo.kernels.decode import early, ready
 
 BT = 64  # cache entries at a time
 ENTRIES = 64  # of the cache's room, that are worth a program
@@ -35,7 +36,8 @@ def attend(b_m, b_l, b_o, b_score, b_v):
 @triton.jit(do_not_specialize=["ROOM", "S"])
 def attention_kernel(p_qkv, p_frequency, p_k, p_v, p_k_own, p_v_own, p_position, p_o, p_m, p_l, ROOM, S, scale,
                      H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr,
-                     BT: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr, WHOLE: tl.constexpr):
+                     BT: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr, WHOLE: tl.constexpr,
+                     EARLY: tl.constexpr):
     """WHOLE: S is 1, and the mean itself is written, to o."""
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_g = i_h // (H // G)
@@ -45,6 +47,7 @@ def attention_kernel(p_qkv, p_frequency, p_k, p_v, p_k_own, p_v_own, p_position,
     position = tl.load(p_position + i_b)
     b_frequency = tl.load(p_frequency + o_p, mask=m_p, other=0.0)
     p_row = p_qkv + i_b * (H + 2 * G) * K
+    ready(EARLY)
     b_phase = position.to(tl.float32) * b_frequency
     b_cos, b_sin = tl.cos(b_phase), tl.sin(b_phase)
     b_q1 = tl.load(p_row + i_h * K + o_p, mask=m_p, other=0.0) * scale * LOG2E
@@ -122,10 +125,11 @@ def attention_kernel(p_qkv, p_frequency, p_k, p_v, p_k_own, p_v_own, p_position,
 @triton.jit
 def summary_kernel(p_k_own, p_v_own, p_e, p_f, p_frequency, p_k, p_v, p_position, ROOM, H: tl.constexpr,
                    K: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
-                   BP: tl.constexpr):
+                   BP: tl.constexpr, EARLY: tl.constexpr):
     """Where the new token is the last of its block: E k, turned, and F v of the block, into the cache; else nothing."""
     i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     position = tl.load(p_position + i_b)
+    ready(EARLY)
     if (position + 1) % C == 0:
         HALF: tl.constexpr = K // 2
         o_r, o_p = tl.arange(0, BR), tl.arange(0, BP)
@@ -176,7 +180,7 @@ def attention(qkv: Tensor, frequency: Tensor, k: Tensor, v: Tensor, position: Te
         attention_kernel[S, heads, B](
             qkv, frequency, k, v, *(own or (k, v)), position, o, m[0], m[1], ROOM, S, K**-0.5, H=heads, G=G, K=K,
             BLOCK=own[0].shape[1] if own else 0, RANK=rank, BT=BT, BP=power_of_two(K // 2), BK=power_of_two(K),
-            WHOLE=S == 1, num_warps=4)
+            WHOLE=S == 1, num_warps=4, **early(qkv))
     return o, m[0], m[1]
 
 
@@ -186,4 +190,5 @@ def summarise(own: tuple[Tensor, Tensor], E: Tensor, F: Tensor, frequency: Tenso
     (H, R, C), B, K = E.shape, len(k), k.shape[3]
     with torch.cuda.device_of(k):
         summary_kernel[H, B](*own, E, F, frequency, k, v, position, k.shape[1], H=H, K=K, C=C, R=R,
-                             BC=min(8, power_of_two(C)), BR=power_of_two(R), BP=power_of_two(K // 2), num_warps=4)
+                             BC=min(8, power_of_two(C)), BR=power_of_two(R), BP=power_of_two(K // 2), num_warps=4,
+                             **early(k))

@@ -12,13 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._common import cdiv, dot, power_of_two
-from zoo.kernels.decode import product, summed_norm, tanh, tiles, weight_tile
+from zoo.kernels.decode import early, product, ready, summed_norm, tanh, tiles, weight_tile
 
 
 @triton.jit(do_not_specialize=["B"])
 def shift_kernel(p_x, p_y, p_gain, p_bias, p_before, p_mix, p_first, p_second, p_sum, p_normed, p_out, B, N1, N2,
                  stride_n, stride_k, eps, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-                 ADDS: tl.constexpr, CHANNELS: tl.constexpr, DOT: tl.constexpr):
+                 ADDS: tl.constexpr, CHANNELS: tl.constexpr, DOT: tl.constexpr, EARLY: tl.constexpr):
     """n = norm(x + y), mixed with the token before, into the product that reads it, out [B, N1 + N2].
 
     CHANNELS: relu(W_first n_0)^2 and sigmoid(W_second n_1); else tanh(W_first n_0), W_first [N1, D] as its strides say.
@@ -32,6 +32,7 @@ def shift_kernel(p_x, p_y, p_gain, p_bias, p_before, p_mix, p_first, p_second, p
         b_w = weight_tile(p_first, o_n, N1, o_d, D, stride_n, stride_k, DOT)
     else:
         b_w = weight_tile(p_second, o_n, N2, o_d, D, stride_n, stride_k, DOT)
+    ready(EARLY)
     b_x = summed_norm(p_x, p_y, p_gain, p_bias, p_sum, o_b, B, eps, i_n == 0, D, BD, ADDS)
     m = (o_b < B)[:, None] & (o_d < D)[None, :]
     o = o_b[:, None] * D + o_d[None, :]
@@ -51,7 +52,7 @@ def shift_kernel(p_x, p_y, p_gain, p_bias, p_before, p_mix, p_first, p_second, p
 @triton.jit(do_not_specialize=["B"])
 def mixed_kernel(p_normed, p_before, p_low, p_mix, p_up, p_decay, p_k, p_v, p_r, p_g, p_out, B, RANK, D: tl.constexpr,
                  R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
-                 DOT: tl.constexpr):
+                 DOT: tl.constexpr, EARLY: tl.constexpr):
     """k, v, r, g of their mixtures and tanh of the decay's product with its own: out [B, 4 D + RANK], in that order."""
     i_n, o_d, o_r = tl.program_id(0), tl.arange(0, BD), tl.arange(0, BR)
     o_b = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -71,6 +72,7 @@ def mixed_kernel(p_normed, p_before, p_low, p_mix, p_up, p_decay, p_k, p_v, p_r,
     z = tl.where(i_z == 4, 0, i_z + 1)  # `mix` and `up` begin with the decay's
     b_up = tl.load(p_up + z * R * D + o_r[:, None] * D + o_d[None, :], mask=(o_r < R)[:, None] & (o_d < D)[None, :],
                    other=0.0)
+    ready(EARLY)
     m = (o_b < B)[:, None] & (o_d < D)[None, :]
     o = o_b[:, None] * D + o_d[None, :]
     b_x = tl.load(p_normed + o, mask=m, other=0.0)
@@ -90,7 +92,7 @@ def mixed_kernel(p_normed, p_before, p_low, p_mix, p_up, p_decay, p_k, p_v, p_r,
 
 @triton.jit
 def wkv_kernel(p_kvrg, p_up, p_base, p_bonus, p_gain, p_bias, p_state, p_normed, p_before, p_out, RANK, eps,
-               H: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
+               H: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr):
     """A head: y = r (S + u k^T v), S = w S + k^T v, w = exp(-exp(base + low up)); its norm, the gate."""
     i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     D: tl.constexpr = H * K
@@ -100,8 +102,9 @@ def wkv_kernel(p_kvrg, p_up, p_base, p_bonus, p_gain, p_bias, p_state, p_normed,
     m_state = m_k[:, None] & m_k[None, :]
     b_s = tl.load(p_state + o_state, mask=m_state, other=0.0)
     p_row = p_kvrg + i_b * (4 * D + RANK)
-    b_low = tl.load(p_row + 4 * D + o_r, mask=o_r < RANK, other=0.0)
     b_up = tl.load(p_up + o_r[:, None] * D + o_c[None, :], mask=(o_r < RANK)[:, None] & m_k[None, :], other=0.0)
+    ready(EARLY)
+    b_low = tl.load(p_row + 4 * D + o_r, mask=o_r < RANK, other=0.0)
     b_d = tl.sum(b_low[:, None] * b_up.to(tl.float32), 0) + tl.load(p_base + o_c, mask=m_k, other=0.0).to(tl.float32)
     b_w = tl.exp(-tl.exp(b_d))
     b_k = tl.load(p_row + o_c, mask=m_k, other=0.0)
@@ -138,7 +141,7 @@ def shift(x: Tensor, y: Tensor | None, gain: Tensor, bias: Tensor, eps: float, b
         shift_kernel[cdiv(N1, BN) + cdiv(N2, BN), cdiv(B, BM)](
             x, x if y is None else y, gain, bias, before, mix, first, first if second is None else second, summed,
             normed, out, B, N1, N2, *strides, eps, D=D, BM=BM, BN=BN, BD=BD, ADDS=y is not None,
-            CHANNELS=second is not None, DOT=DOT, num_warps=4)
+            CHANNELS=second is not None, DOT=DOT, num_warps=4, **early(x))
     return summed, normed, out
 
 
@@ -154,7 +157,7 @@ def mixed(normed: Tensor, before: Tensor, low: Tensor, mix: Tensor, up: Tensor, 
     with torch.cuda.device_of(normed):
         mixed_kernel[4 * cdiv(D, BN) + cdiv(rank, BN), cdiv(B, BM)](
             normed, before, low, mix, up, decay, *weights, out, B, rank, D=D, R=R, BM=BM, BN=BN, BD=BD,
-            BR=max(16, power_of_two(R)), DOT=DOT, num_warps=8)
+            BR=max(16, power_of_two(R)), DOT=DOT, num_warps=8, **early(normed))
     return out
 
 
@@ -169,5 +172,5 @@ def wkv(kvrg: Tensor, up: Tensor, base: Tensor, bonus: Tensor, gain: Tensor, bia
     out = kvrg.new_empty(B, H * K)
     with torch.cuda.device_of(kvrg):
         wkv_kernel[H, B](kvrg, up, base, bonus, gain, bias, state, normed, before, out, rank, eps, H=H, K=K,
-                         BR=power_of_two(rank), BK=power_of_two(K), num_warps=4)
+                         BR=power_of_two(rank), BK=power_of_two(K), num_warps=4, **early(kvrg))
     return out

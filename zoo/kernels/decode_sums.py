@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._common import LOG2E, cdiv, power_of_two
+from zoo.kernels.decode import early, ready
 
 PROGRAMS = 132
 FEATURES = 16  # of a head, at a time
@@ -22,7 +23,7 @@ FLOOR = tl.constexpr(-60.0)  # how far below the largest of its row an AFT bias 
 @triton.jit(do_not_specialize=["S"])
 def favor_kernel(p_qkv, p_projection, p_frequency, p_decay, p_sums, p_position, p_o, p_m, p_l, S, period, scale, reach,
                  H: tl.constexpr, K: tl.constexpr, M: tl.constexpr, BF: tl.constexpr, BP: tl.constexpr,
-                 BK: tl.constexpr, WHOLE: tl.constexpr):
+                 BK: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr):
     """Features M i / S .. of head h: sums = 2^-decay sums + phi(k)^T [v, 1], and their part of the mean.
 
     Parts as of `decode_attention`, weights phi(q). WHOLE: S is 1, and the mean itself is written, to o.
@@ -34,6 +35,8 @@ def favor_kernel(p_qkv, p_projection, p_frequency, p_decay, p_sums, p_position, 
     p_row = p_qkv + i_b * 3 * H * K + i_h * K
     b_angle = (tl.load(p_position + i_b) % period).to(tl.float32) * tl.load(p_frequency + o_p, mask=m_p, other=0.0)
     b_cos, b_sin = tl.cos(b_angle), tl.sin(b_angle)
+    b_left = tl.exp2(-tl.load(p_decay + i_h))
+    ready(EARLY)
     b_q1 = tl.load(p_row + o_p, mask=m_p, other=0.0) * scale
     b_q2 = tl.load(p_row + HALF + o_p, mask=m_p, other=0.0) * scale
     b_k1 = tl.load(p_row + H * K + o_p, mask=m_p, other=0.0) * scale
@@ -46,7 +49,6 @@ def favor_kernel(p_qkv, p_projection, p_frequency, p_decay, p_sums, p_position, 
     b_k1, b_k2 = b_k1 * b_short, b_k2 * b_short
     b_k1, b_k2 = b_k1 * b_cos - b_k2 * b_sin, b_k2 * b_cos + b_k1 * b_sin
     b_square = (tl.sum(b_k1 * b_k1, 0) + tl.sum(b_k2 * b_k2, 0)) / 2
-    b_left = tl.exp2(-tl.load(p_decay + i_h))
 
     p_sums += (i_b * H + i_h) * M * (K + 1)
     b_m = -float("inf")
@@ -90,7 +92,8 @@ def favor_kernel(p_qkv, p_projection, p_frequency, p_decay, p_sums, p_position, 
 
 @triton.jit
 def aft_local_kernel(p_qkv, p_row, p_column, p_keys, p_values, p_max, p_num, p_den, p_position, p_out, D: tl.constexpr,
-                     W: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
+                     W: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+                     EARLY: tl.constexpr):
     """Channels of a token: window and sums weighed, the gate; then the oldest of the window goes into the sums."""
     i_d, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_d, o_w, o_r = i_d * BD + tl.arange(0, BD), tl.arange(0, BW), tl.arange(0, BR)
@@ -100,13 +103,8 @@ def aft_local_kernel(p_qkv, p_row, p_column, p_keys, p_values, p_max, p_num, p_d
     m_w = o_w < W
     o = i_b * (W - 1) * D + o_w[:, None] * D + o_d[None, :]
     m_cache = (o_w < W - 1)[:, None] & m_d[None, :]
-    b_q = tl.load(p_qkv + i_b * 3 * D + o_d, mask=m_d, other=0.0)
-    b_k = tl.load(p_qkv + i_b * 3 * D + D + o_d, mask=m_d, other=0.0)
-    b_v = tl.load(p_qkv + i_b * 3 * D + 2 * D + o_d, mask=m_d, other=0.0)
     b_keys = tl.load(p_keys + o, mask=m_cache, other=-1e30).to(tl.float32)
-    b_keys = tl.where(newest[:, None], b_k[None, :], b_keys)
     b_values = tl.load(p_values + o, mask=m_cache, other=0.0).to(tl.float32)
-    b_values = tl.where(newest[:, None], b_v[None, :], b_values)
     o_one = i_b * D + o_d
     b_top = tl.load(p_max + o_one, mask=m_d, other=0.0)
     b_num = tl.load(p_num + o_one, mask=m_d, other=0.0)
@@ -120,6 +118,12 @@ def aft_local_kernel(p_qkv, p_row, p_column, p_keys, p_values, p_max, p_num, p_d
     b_near = tl.where(m_w, tl.exp(tl.maximum(b_bias - b_largest, FLOOR)), 0.0)
     b_far = tl.exp(tl.maximum(-b_largest, FLOOR))
 
+    ready(EARLY)
+    b_q = tl.load(p_qkv + i_b * 3 * D + o_d, mask=m_d, other=0.0)
+    b_k = tl.load(p_qkv + i_b * 3 * D + D + o_d, mask=m_d, other=0.0)
+    b_v = tl.load(p_qkv + i_b * 3 * D + 2 * D + o_d, mask=m_d, other=0.0)
+    b_keys = tl.where(newest[:, None], b_k[None, :], b_keys)
+    b_values = tl.where(newest[:, None], b_v[None, :], b_values)
     b_m = tl.maximum(tl.max(b_keys, 0), b_top)
     b_p = b_near[:, None] * tl.exp(b_keys - b_m[None, :])
     b_past = b_far * tl.exp(b_top - b_m)
@@ -156,7 +160,7 @@ def favor(qkv: Tensor, projection: Tensor, frequency: Tensor, decay: Tensor, sum
     with torch.cuda.device_of(qkv):
         favor_kernel[S, H, B](
             qkv, projection, frequency, decay, sums, position, o, m[0], m[1], S, period, K**-0.25, reach, H=H, K=K, M=M,
-            BF=FEATURES, BP=power_of_two(K // 2), BK=power_of_two(K), WHOLE=S == 1, num_warps=4)
+            BF=FEATURES, BP=power_of_two(K // 2), BK=power_of_two(K), WHOLE=S == 1, num_warps=4, **early(qkv))
     return o, m[0], m[1]
 
 
@@ -169,5 +173,5 @@ def aft_local(qkv: Tensor, row: Tensor, column: Tensor, keys: Tensor, values: Te
     with torch.cuda.device_of(qkv):
         aft_local_kernel[cdiv(D, CHANNELS), B](
             qkv, row, column, keys, values, top, num, den, position, out, D=D, W=W, R=R, BW=power_of_two(W),
-            BR=power_of_two(R), BD=CHANNELS, num_warps=4)
+            BR=power_of_two(R), BD=CHANNELS, num_warps=4, **early(qkv))
     return out
