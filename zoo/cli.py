@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from zoo import cli_eval, cli_generate
+from zoo import cli_decode, cli_eval, cli_generate
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def doctor() -> None:
 
 cli_generate.register(app)
 cli_eval.register(app)
+cli_decode.register(bench)
 
 
 @app.command()

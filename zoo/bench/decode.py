@@ -28,6 +28,7 @@ from zoo.training.hardware import device_name
 
 COLUMNS = ("model", "impl", "size", "batch", "context", "tokens_per_s", "ms_per_token", "gbytes_per_s", "state_bytes",
            "peak_mib")
+KEY = 5  # of them say which row it is
 TOKENS = 32  # of a measurement, from the context's end on
 EAGER_TOKENS = 4  # where each is hundreds of launches
 PEERS = ("plain-decoder", "hf-llama")
@@ -201,6 +202,8 @@ def llama_row(size: str, batch: int, context: int, device: torch.device) -> Row:
                 llama.generate(tokens)
             timings = interleave({"first": lambda: llama.generate(1), "all": lambda: llama.generate(TOKENS + 1)},
                                  device=device, budget=0.0, warmup=1, least=5)
+    except ZooError:
+        raise
     except (RuntimeError, ValueError, TypeError) as error:
         raise ZooError(f"it does not generate here: {' '.join(str(error).split())[:120]}") from None
     weights = sum(p.nbytes for p in llama.model.parameters()) - llama.model.get_input_embeddings().weight.nbytes
@@ -238,16 +241,28 @@ def _too_large(batch: int, context: int) -> str:
     return f"batch={batch} at context={context} does not fit this GPU; allowed: a smaller batch or context"
 
 
-def to_csv(rows: Sequence[Row]) -> str:
-    """The rows as a CSV text of `COLUMNS`; a figure that could not be measured is an empty field."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
+def to_csv(rows: Sequence[Row], before: str = "") -> str:
+    """The rows as a CSV text of `COLUMNS`; a figure that could not be measured is an empty field.
+
+    before: such a text, whose rows come first but where one of `rows` is of the same `KEY`. Raises ZooError for a text
+    of another kind.
+    """
+    try:
+        head, *old = list(csv.reader(before.splitlines())) or [list(COLUMNS)]
+    except csv.Error:
+        head, old = [], []
+    if tuple(head) != COLUMNS or any(len(line) != len(COLUMNS) for line in old):
+        raise ZooError(f"rows cannot be added to this file: allowed is a table of {', '.join(COLUMNS)}")
+    lines = {tuple(line[:KEY]): line for line in old}
     for row in rows:
-        writer.writerow([row.model, row.impl, row.size, row.batch, row.context, f"{row.tokens_per_s:.4g}",
-                         f"{row.ms_per_token:.4g}", f"{row.gbytes_per_s:.4g}",
-                         "" if row.state_bytes is None else row.state_bytes,
-                         "" if row.peak_mib is None else f"{row.peak_mib:.4g}"])
+        figures = row.tokens_per_s, row.ms_per_token, row.gbytes_per_s, row.state_bytes, row.peak_mib
+        line = [row.model, row.impl, row.size, str(row.batch), str(row.context),
+                *("" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}"
+                  for value in figures)]
+        lines.pop(tuple(line[:KEY]), None)
+        lines[tuple(line[:KEY])] = line
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([COLUMNS, *lines.values()])
     return out.getvalue()
 
 
