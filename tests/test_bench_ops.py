@@ -24,7 +24,8 @@ from zoo.ops import aft
 from zoo.revision import source_commit
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-SMALL = {"causal_attention": (2, 32, 32), "squared_relu": (1, 24, 40), "linear_cross_entropy": (1, 24, 300),
+SMALL = {"causal_attention": (2, 32, 32), "squared_relu": (1, 24, 40), "linears": (1, 24, 40),
+         "linear_cross_entropy": (1, 24, 300),
          **dict.fromkeys(("aft_full", "aft_simple", "aft_local", "aft_full_learnt", "aft_local_learnt", "add_norm",
                           "token_mix", "ddlerp"), (1, 24, 24))}
 

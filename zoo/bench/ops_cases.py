@@ -17,6 +17,7 @@ from zoo.ops import (
     cross_entropy,
     favor,
     linear_attention,
+    linears,
     norm_gate,
     rotary,
     squared_relu,
@@ -40,7 +41,7 @@ Output = Tensor | tuple[Tensor, ...]
 @dataclass(frozen=True)
 class Case:
     """One op at one shape. AFT without heads has H = 1 and its channels as K = V; linear + cross-entropy takes B T
-    tokens of width K to a vocabulary of V, squared_relu of width K through V.
+    tokens of width K to a vocabulary of V, squared_relu of width K through V, linears four times of width K to V.
     """
 
     op: str
@@ -262,6 +263,13 @@ _OPS = {
         lambda x: squared_relu.squared_relu(x["x"], x["inner"], x["outer"]),
         lambda case: 2.0 * case.T * case.K * case.V,
         trained=("inner", "outer"), like=lambda x: (x["x"],), autocast=True),
+    "linears": _Op(
+        lambda case, randn: {f"x{i}": randn(case.B, case.T, case.K) for i in range(4)} | {
+            f"w{i}": randn(case.V, case.K) / case.K**0.5 for i in range(4)},
+        lambda x: linears.linears([x[f"x{i}"] for i in range(4)], [x[f"w{i}"] for i in range(4)]),
+        lambda case: 4.0 * case.T * case.K * case.V, trained=("w0", "w1", "w2", "w3"),
+        like=lambda x: tuple(x[f"x{i}"].new_empty(*x["x0"].shape[:-1], len(x["w0"])) for i in range(4)),
+        autocast=True),
 }
 
 
@@ -281,7 +289,8 @@ OPS = tuple(_OPS)
 # for, and those of ops that are measured at no other.
 _LEARNT = "aft_full_learnt", "aft_local_learnt"
 _SWEPT = {"causal_attention": [(16, 64, 64), (8, 128, 128)], "squared_relu": [(1, 512, 1792)],
-          **{op: [(1, 512, 512)] for op in ("aft_full", "aft_simple", "aft_local", "add_norm", "token_mix", "ddlerp")},
+          **{op: [(1, 512, 512)] for op in ("aft_full", "aft_simple", "aft_local", "add_norm", "token_mix", "ddlerp",
+                                         "linears")},
           **{op: [] for op in ("linear_cross_entropy", *_LEARNT)}}
 _SINGLE = {
     "causal_attention": [(16384 // T, T, *kind) for kind in ((16, 64, 64), (8, 128, 128)) for T in (1024, 4096, 16384)],
@@ -291,7 +300,8 @@ _SINGLE = {
     "linear_cross_entropy": [(32, 1024, 1, 768, 8192), (16, 1024, 1, 768, 50304), (32, 1024, 1, 512, 256)],
     **{op: [(32, 1024, 1, 512, 512)] for op in _LEARNT},
 }
-_CHANNELS = "aft_full", "aft_simple", "aft_local", "add_norm", "token_mix", "ddlerp", "squared_relu", *_LEARNT
+_CHANNELS = ("aft_full", "aft_simple", "aft_local", "add_norm", "token_mix", "ddlerp", "squared_relu", "linears",
+             *_LEARNT)
 TOKENS, CPU_TOKENS = 32768, 512
 
 

@@ -143,7 +143,8 @@ def _performer(problem: Problem) -> Side:
 _PLAIN: dict[str, Callable[..., Output]] = {
     "aft_full": ops_aft.full, "aft_simple": ops_aft.simple, "linear_cross_entropy": ops_plain.loss,
     "rotary_attention": ops_plain.rotary_attention, "add_norm": ops_plain.add_norm, "norm_gate": ops_plain.norm_gate,
-    "token_mix": ops_plain.token_mix, "ddlerp": ops_plain.ddlerp, "squared_relu": ops_plain.squared_relu}
+    "token_mix": ops_plain.token_mix, "ddlerp": ops_plain.ddlerp, "squared_relu": ops_plain.squared_relu,
+    "linears": ops_plain.linears}
 _SAFE: dict[str, Callable[..., Output]] = {"aft_full": ops_aft.safe_full}
 
 

@@ -52,3 +52,8 @@ def ddlerp(x: Tensor, base: Tensor, down: Tensor, mix: Tensor, up: Tensor) -> tu
 
 def squared_relu(x: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
     return F.linear(F.linear(x, inner.to(x.dtype)).relu().square(), outer.to(x.dtype))
+
+
+def linears(x0: Tensor, x1: Tensor, x2: Tensor, x3: Tensor, w0: Tensor, w1: Tensor, w2: Tensor,
+            w3: Tensor) -> tuple[Tensor, ...]:
+    return tuple(F.linear(x, w.to(x.dtype)) for x, w in ((x0, w0), (x1, w1), (x2, w2), (x3, w3)))
