@@ -6,19 +6,14 @@ one token asks nothing of it. What it writes is copied back to where the state w
 
 from __future__ import annotations
 
-import contextlib
 import copy
 
 import torch
 from torch import Tensor
 
 from zoo.contract import State
-from zoo.errors import choose
 from zoo.model import LanguageModel
 from zoo.sampling import Sampling, sample, select_rows
-
-NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
 
 @torch.no_grad()
 def narrowed(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
@@ -38,11 +33,6 @@ def _matrices(model: LanguageModel) -> list[tuple[str, Tensor]]:
     """The parameters that are factors of products alone, by name."""
     names = {f"{owner}.{own}" for owner, mixer in model.mixers() for own in mixer.matrices()} | {"head.weight"}
     return [(name, parameter) for name, parameter in model.named_parameters() if name in names]
-
-
-def state_dtype(model: LanguageModel) -> torch.dtype:
-    """What a cache is kept in beside the model's matrices: their own dtype."""
-    return model.head.weight.dtype
 
 
 class Recorded:
@@ -111,8 +101,7 @@ class Recorded:
         self.graph.replay()
 
     def _read(self) -> None:
-        with product_type(self.model):
-            logits, new = self.model.read(self.ids.unsqueeze(1), self.static)
+        logits, new = self.model.read(self.ids.unsqueeze(1), self.static)
         moved = [(held, new[name]) for name, held in self.static.items() if new[name] is not held]
         if moved:
             torch._foreach_copy_([held for held, _ in moved], [value for _, value in moved])
@@ -123,14 +112,3 @@ class Recorded:
         self.ids.copy_(sample(self.logits, self.draws, self.sampling, self.seen))
         if self.seen is not None:
             self.seen.scatter_(1, self.ids.unsqueeze(1), True)
-
-
-def product_type(model: LanguageModel) -> contextlib.AbstractContextManager[object]:
-    """Autocast to the type of the model's matrices, where that is a narrow one, for products outside of kernels."""
-    weight = model.head.weight
-    return torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32, cache_enabled=False)
-
-
-def matrix_type(name: str) -> torch.dtype:
-    """The dtype of a name that `narrowed` takes; ZooError for another."""
-    return NARROW[choose("dtype", name, NARROW)]

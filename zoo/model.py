@@ -177,12 +177,15 @@ class LanguageModel(nn.Module):
         return self.end(*self._through_blocks(tokens, cu_seqlens), targets, reduction)
 
     def init_state(self, batch_size: int = 1, max_len: int | None = None, *, device: torch.device | str | None = None,
-                   dtype: torch.dtype = torch.float32) -> State:
+                   dtype: torch.dtype | None = None) -> State:
         """The state before the first token, every entry [B, ...]: rows can be selected, stacked, cloned, restored.
 
         `max_len`: how many tokens to make room for at once (`seq_len` if None); a state that outgrows it is enlarged.
+        dtype: of what is kept of single tokens, a cache say; sums are float32 at least. None: float32, but the
+        matrices' own type where only they are narrow (`zoo.decoding.narrowed`).
         """
         device = self.head.weight.device if device is None else device
+        dtype = (self.head.weight.dtype if self.narrow else torch.float32) if dtype is None else dtype
         room = min(max_len or self.config.seq_len, self.max_len or 1 << 62)
         state = {"position": torch.zeros(batch_size, dtype=torch.int64, device=device)}
         for name, mixer in self.mixers():
@@ -213,6 +216,18 @@ class LanguageModel(nn.Module):
     def read(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """`extend` of a state that has the room (`reserve`): of one token a GPU is asked nothing, so that it can be
         recorded."""
+        if self.narrow:
+            weight = self.head.weight
+            with torch.autocast(weight.device.type, weight.dtype, cache_enabled=False):  # a recording keeps no casts
+                return self._read(tokens, state)
+        return self._read(tokens, state)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the matrices alone are of a narrow type, as those of `zoo.decoding.narrowed`."""
+        return self.head.weight.dtype != self.embedding.weight.dtype
+
+    def _read(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         parts = self._parts(state)
         x, y = self.embedding_norm(self.embedding(tokens)), None
         new: State = {"position": state["position"] + tokens.shape[1]}

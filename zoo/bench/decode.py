@@ -17,7 +17,7 @@ from rich.table import Table
 from zoo.bench.decode_peers import VOCABULARY, Llama, PlainSteps
 from zoo.bench.timing import Timing, interleave
 from zoo.contract import State
-from zoo.decoding import Recorded, narrowed, product_type
+from zoo.decoding import Recorded, narrowed
 from zoo.errors import ZooError, choose
 from zoo.mixers import list_mixers
 from zoo.model import LanguageModel
@@ -114,7 +114,7 @@ def zoo_side(name: str, size: str, batch: int, context: int, device: torch.devic
         for value in state.values():
             if not value.is_floating_point():
                 value.fill_(context)
-        with use_backend("auto" if recorded else "eager"), product_type(model):
+        with use_backend("auto" if recorded else "eager"):
             steps = Steps(model, logits, state, greedy)
             for _ in range(tokens + 1):  # the first draws, and reads nothing
                 steps.next(draws)
