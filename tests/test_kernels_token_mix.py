@@ -290,7 +290,7 @@ def test_other_lengths_and_documents_build_nothing() -> None:
 
 @pytest.mark.gpu
 def test_memory_on_a_gpu() -> None:
-    """Five mixtures, then dm in their places, low, dx, dpre twice, parts of the gradients of up and mix."""
+    """Five mixtures, x' - x, low, dlow, dx, dpre twice, parts of the gradients of up and mix."""
     given = {name: x.to(torch.float32 if name in KEEP else torch.bfloat16).requires_grad_()
              for name, x in inputs(1024, 256, 16, B=8).items()}
     with use_backend("triton"):
@@ -301,7 +301,7 @@ def test_memory_on_a_gpu() -> None:
             torch.autograd.grad(y, list(given.values()), [given["x"].detach()] * 5)
     size, low, segments = 2 * y[0].numel(), 2 * 8 * 1024 * 5, 8192 // 256
     parameters = 4 * 256 * segments * 5 * 17
-    assert torch.cuda.max_memory_allocated() - before <= 12 * size + low * (16 + 16 + 16) + parameters + 2**20
+    assert torch.cuda.max_memory_allocated() - before <= 7 * size + low * (16 + 16 + 32) + parameters + 2**20
 
 
 def builds() -> None:

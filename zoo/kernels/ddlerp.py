@@ -10,12 +10,11 @@ is of is ever in memory. Backward, with dm_z = dy_z (x' - x) and dpre = dlow (1 
     dx_t = sum_z dy_zt (1 - m_zt) + dy_z,t+1 m_z,t+1 + (dpre_t, dpre_t+1) W
     ddown = G_0 + base (G_1 - G_0),    dbase = sum_c down (G_1 - G_0),    (G_0, G_1) = x^T (dpre_t, dpre_t+1)
 
-`inputs_kernel` has the sums over z, and writes dm; `up_kernel` has the first line, of segments of tokens, from one read
-of dm; beside low_z it has a 1, which makes dmix a row of dup. `pre_kernel` writes (dpre_t, dpre_t+1), 0 where another
-row or document begins; the rest is two products of cuBLAS with it. To have dm in registers alone took twice as long:
-each of its numbers was made by more instructions than the bytes are worth, as it is multiplied in three layouts.
+`inputs_kernel` has the sums over z, and writes x' - x; `up_kernel` has the first line, of segments of tokens, from that
+and dy; beside low_z it has a 1, which makes dmix a row of dup. `pre_kernel` writes (dpre_t, dpre_t+1), 0 where another
+row or document begins; the rest is two products of cuBLAS with it.
 
-Memory is far: a kernel asks for all it will read before it computes with any of it.
+Memory is far: `inputs_kernel` asks for all it will read before it computes with any of it.
 """
 
 from __future__ import annotations
@@ -88,7 +87,10 @@ def low_kernel(p_x, p_w, p_first, p_low, N, T, D, C, documents, BT: tl.constexpr
                       mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
         b_w = tl.load(p_w + (before * C + o_c)[None, :] * D + o_d[:, None],
                       mask=(o_d < D)[:, None] & (o_c < C)[None, :], other=0.0)
-        b_low = dot(b_x, b_w, b_low, PRECISION)
+        if PRECISION == "ieee":  # a step's sum by itself: long sums of float32 lose digits; where() keeps them apart
+            b_low += tl.where((o_c < C)[None, :], dot(b_x, b_w, tl.zeros([BT, BC], tl.float32), PRECISION), 0.0)
+        else:
+            b_low = dot(b_x, b_w, b_low, PRECISION)
     p_low += o_n.to(tl.int64)[:, None] * C + o_c[None, :]
     tl.store(p_low, tanh(b_low).to(p_low.dtype.element_ty), mask=(o_n < N)[:, None] & (o_c < C)[None, :])
 
@@ -114,15 +116,12 @@ def forward_kernel(p_x, p_mix, p_low, p_up, p_first, y0, y1, y2, y3, y4, N, T, D
     o_n = tl.program_id(0) * BT + tl.arange(0, BT)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     o_r = tl.arange(0, BR)
-    read = (parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, 0), parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, 1),
-            parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, 2), parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, 3),
-            parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, 4))
     b_x, b_delta, _ = pair(p_x, p_first, o_n, o_d, N, T, D, documents)
     o_y = o_n.to(tl.int64)[:, None] * D + o_d[None, :]
     m_y = (o_n < N)[:, None] & (o_d < D)[None, :]
     for i_z in tl.static_range(Z):
         p_y = pick(y0, y1, y2, y3, y4, i_z)
-        b_low, b_up, b_mix = read[i_z]
+        b_low, b_up, b_mix = parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, i_z)
         tl.store(p_y + o_y, (b_x + b_delta * mixing(b_low, b_up, b_mix, PRECISION)).to(p_y.dtype.element_ty), mask=m_y)
 
 
@@ -139,9 +138,9 @@ def moved(x, acc, BT: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N", "T", "documents"])
-def inputs_kernel(p_x, p_mix, p_low, p_up, p_first, dy0, dy1, dy2, dy3, dy4, p_dm, p_dx, N, T, D, R, documents,
-                  BT: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr):
-    """Of BT - 1 tokens dm [5, N, D], and dx but for the part of low."""
+def inputs_kernel(p_x, p_mix, p_low, p_up, p_first, dy0, dy1, dy2, dy3, dy4, p_delta, p_dx, N, T, D, R,
+                  documents, BT: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr):
+    """Of BT - 1 tokens x' - x [N, D], and dx but for the part of low."""
     o_i = tl.arange(0, BT)
     o_n = tl.program_id(0) * (BT - 1) + o_i
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
@@ -157,11 +156,11 @@ def inputs_kernel(p_x, p_mix, p_low, p_up, p_first, dy0, dy1, dy2, dy3, dy4, p_d
             parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, 2), parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, 3),
             parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, 4))
     _, b_delta, first = pair(p_x, p_first, o_n, o_d, N, T, D, documents)
+    tl.store(p_delta + o_y, b_delta.to(OP), mask=m_own)
     b_dx = tl.zeros([BT, BD], tl.float32)
     b_before = tl.zeros([BT, BD], tl.float32)  # for the token before
     for i_z in tl.static_range(Z):
         b_dy = dys[i_z].to(tl.float32)
-        tl.store(p_dm + i_z * N.to(tl.int64) * D + o_y, (b_dy * b_delta).to(OP), mask=m_own)
         b_low, b_up, b_mix = read[i_z]
         b_dy_m = b_dy * mixing(b_low, b_up, b_mix, PRECISION)
         b_before += b_dy_m
@@ -171,19 +170,28 @@ def inputs_kernel(p_x, p_mix, p_low, p_up, p_first, dy0, dy1, dy2, dy3, dy4, p_d
 
 
 @triton.jit(do_not_specialize=["N", "length"])
-def up_kernel(p_dm, p_low, p_up, p_dlow, p_dup, N, D, R, length, BT: tl.constexpr, BD: tl.constexpr,
-              BR: tl.constexpr, BW: tl.constexpr, PRECISION: tl.constexpr):
+def up_kernel(p_delta, dy0, dy1, dy2, dy3, dy4, p_low, p_up, p_dlow, p_dup, N, D, R, length, BT: tl.constexpr,
+              BD: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr, PRECISION: tl.constexpr):
     """Of a segment, one z and one block of channels: the block's part of dlow [blocks, N, 5 R], the segment's of dup
     with dmix in row R [segments, 5, R + 1, D]."""
     i_z, i_d, i_s = tl.program_id(0) % Z, tl.program_id(0) // Z, tl.program_id(1)
     o_d, o_r, o_w = i_d * BD + tl.arange(0, BD), tl.arange(0, BR), tl.arange(0, BW)
-    p_dm += i_z * N.to(tl.int64) * D
+    p_dy = dy0
+    if i_z == 1:
+        p_dy = dy1
+    elif i_z == 2:
+        p_dy = dy2
+    elif i_z == 3:
+        p_dy = dy3
+    elif i_z == 4:
+        p_dy = dy4
     p_dlow += i_d * N.to(tl.int64) * (R * Z) + i_z * R
     b_up = matrix(p_up + i_z * R * D, o_r, o_d, R, D)
     b_dup = tl.zeros([BW, BD], tl.float32)
     for i in range(i_s * length, tl.minimum((i_s + 1) * length, N), BT):
         o_n = i + tl.arange(0, BT)
-        b_dm = matrix(p_dm, o_n, o_d, N, D)
+        b_dy, b_delta = matrix(p_dy, o_n, o_d, N, D), matrix(p_delta, o_n, o_d, N, D)
+        b_dm = (b_dy.to(tl.float32) * b_delta.to(tl.float32)).to(b_dy.dtype)
         b_low = tl.load(p_low + o_n.to(tl.int64)[None, :] * (R * Z) + i_z * R + o_w[:, None],
                         mask=(o_n < N)[None, :] & (o_w < R)[:, None], other=0.0)
         b_low = tl.where((o_w == R)[:, None], 1.0, b_low.to(tl.float32)).to(b_low.dtype)
@@ -198,8 +206,8 @@ def up_kernel(p_dm, p_low, p_up, p_dlow, p_dup, N, D, R, length, BT: tl.constexp
 @triton.jit(do_not_specialize=["N", "T", "documents"])
 def pre_kernel(p_low, p_dlow, p_first, p_dpre, N, T, C, documents, blocks, BT: tl.constexpr, BC: tl.constexpr):
     """(dpre_t, dpre_t+1) [N, 2 C] of a tile of tokens, from dlow's parts [blocks, N, C]."""
-    after = tl.program_id(1)
-    o_t = tl.program_id(0) * BT + tl.arange(0, BT)
+    after = tl.program_id(0) % 2
+    o_t = tl.program_id(0) // 2 * BT + tl.arange(0, BT)
     o_n, o_c = o_t + after, tl.arange(0, BC)
     m_n = o_n < N
     if after > 0:
@@ -215,9 +223,8 @@ def pre_kernel(p_low, p_dlow, p_first, p_dpre, N, T, C, documents, blocks, BT: t
              mask=(o_t < N)[:, None] & (o_c < C)[None, :])
 
 
-TILES = {"low": (64, 64, 4, 3), "forward": (64, 64, 8, 1), "inputs": (16, 128, 4, 1), "up": (64, 256, 4, 3)}
-"""Of each kernel: tokens, most channels of a program's tile, warps, stages."""
-PROGRAMS = 2  # of `up` that a multiprocessor has room for
+TILES = {"low": (128, 64, 8, 3), "forward": (64, 64, 8, 1), "inputs": (32, 128, 8, 1), "up": (64, 256, 8, 3)}
+"""Of each kernel: tokens, most channels of a program's tile, warps, stages. A multiprocessor has room for one `up`."""
 LEAST = 256  # tokens whose part of dup one program adds up
 
 
@@ -226,8 +233,7 @@ def tile(kernel: str, x: Tensor, R: int) -> dict:
     BT, BD, warps, stages = TILES[kernel]
     columns = {"BR": max(16, power_of_two(R))}
     if kernel == "up":
-        columns["BW"], over = max(16, power_of_two(R + 1)), cdiv(columns["BR"], 16)
-        warps, BD = warps * min(over, 2), BD * 2 // max(over, 2)
+        columns["BW"], BD = max(16, power_of_two(R + 1)), BD * 32 // max(32, columns["BR"])
     if kernel == "low":
         columns = {"BC": max(64, power_of_two(5 * R))}
         BT = max(16, BT * 128 // max(128, columns["BC"]))
@@ -241,7 +247,7 @@ def tile(kernel: str, x: Tensor, R: int) -> dict:
 def segment(x: Tensor, N: int, blocks: int) -> int:
     """Tokens of a segment, so many that programs of `blocks` to a segment fill the GPU once."""
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-    return max(LEAST, 64 * cdiv(N, 64 * max(1, PROGRAMS * processors // blocks)))
+    return max(LEAST, 64 * cdiv(N, 64 * max(1, processors // blocks)))
 
 
 def both(base: Tensor, down: Tensor, dtype: torch.dtype) -> Tensor:
@@ -279,26 +285,26 @@ def backward(dy: list[Tensor], x: Tensor, base: Tensor, down: Tensor, mix: Tenso
         return torch.empty_like(x), dbase, ddown, dmix, dup
     N = B * T
     first, documents = firsts(x, cu_seqlens)
-    dx, dm, dpre = torch.empty_like(x), x.new_empty(5, N, D), x.new_empty(N, 10 * R)
+    dx, delta, dpre = torch.empty_like(x), torch.empty_like(x), x.new_empty(N, 10 * R)
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         up_there = up.to(x.dtype)
         launch = tile("inputs", x, R)
         inputs_kernel[cdiv(N, launch["BT"] - 1), cdiv(D, launch["BD"])](
-            x, mix, low, up_there, first, *dy, dm, dx, N, T, D, R, documents, **launch)
+            x, mix, low, up_there, first, *dy, delta, dx, N, T, D, R, documents, **launch)
         launch = tile("up", x, R)
         blocks = cdiv(D, launch["BD"])
         length = segment(x, N, 5 * blocks)
         dup = torch.empty(cdiv(N, length), 5, R + 1, D, dtype=torch.float32, device=x.device)
         dlow = torch.empty(blocks, N, 5 * R, dtype=x.dtype if blocks == 1 else torch.float32, device=x.device)
-        up_kernel[5 * blocks, len(dup)](dm, low, up_there, dlow, dup, N, D, R, length, **launch)
-        pre_kernel[cdiv(N, 32), 2](low, dlow, first, dpre, N, T, 5 * R, documents, blocks, BT=32,
-                                   BC=max(16, power_of_two(5 * R)))
+        up_kernel[5 * blocks, len(dup)](delta, *dy, low, up_there, dlow, dup, N, D, R, length, **launch)
+        pre_kernel[(2 * cdiv(N, 32),)](low, dlow, first, dpre, N, T, 5 * R, documents, blocks, BT=32,
+                                        BC=max(16, power_of_two(5 * R)))
         flat = dx.view(N, D)
         torch.addmm(flat, dpre, both(base, down, x.dtype), out=flat)
         here, before = summed(x.view(N, D), dpre).chunk(2, 1)
     change, dup = before - here, dup.sum(0)
     ddown = torch.addcmul(here, change, base.float().unsqueeze(1))
-    return (dx, (change * down).sum(1).to(base.dtype), ddown.to(down.dtype),
+    return (dx, (change.double() * down).sum(1).to(base.dtype), ddown.to(down.dtype),
             dup[:, R].to(mix.dtype).contiguous(), dup[:, :R].to(up.dtype).contiguous())
 
 

@@ -93,7 +93,7 @@ def backward_kernel(p_x, p_mix, p_first, dy0, dy1, dy2, dy3, dy4, p_dx, p_dmix, 
     tl.store(p_dx + o_y, b_dx.to(p_dx.dtype.element_ty), mask=m_y)
 
 
-TILES = {"forward": (16, 128, 4), "backward": (64, 64, 4)}
+TILES = {"forward": (16, 128, 4), "backward": (32, 64, 2)}
 """Of each kernel: tokens, most channels of a program's tile, warps."""
 
 

@@ -23,6 +23,7 @@ from zoo.errors import ZooError
 from zoo.layers import head_dim
 from zoo.ops import decode
 from zoo.ops.decode_mixers import RWKV, channel_mix_token, time_mix_token
+from zoo.ops.linears import linears
 from zoo.ops.norm_gate import norm_gate
 from zoo.ops.squared_relu import squared_relu
 from zoo.ops.token_mix import ddlerp, token_mix
@@ -129,9 +130,11 @@ class TimeMix(SequenceMixer):
         xw, xk, xv, xr, xg = ddlerp(x, self.mix_base, self.mix_down, self.mix, self.mix_up, previous=previous,
                                     cu_seqlens=cu_seqlens)
         d = torch.tanh(xw @ self.decay_down) @ self.decay_up
-        r, k, v, d = (z.unflatten(-1, self.bonus.shape) for z in (self.receptance(xr), self.key(xk), self.value(xv), d))
+        r, k, v, g = linears((xr, xk, xv, xg), (self.receptance.weight, self.key.weight, self.value.weight,
+                                                self.gate.weight))
+        r, k, v, d = (z.unflatten(-1, self.bonus.shape) for z in (r, k, v, d))
         y, wkv = wkv6_of(r, k, v, d, self.decay.view_as(self.bonus), self.bonus, wkv, cu_seqlens)
-        return self.output(norm_gate(y, self.gate(xg), self.norm_weight, self.norm_bias, eps=NORM_EPS)), wkv
+        return self.output(norm_gate(y, g, self.norm_weight, self.norm_bias, eps=NORM_EPS)), wkv
 
     def init_state(self, batch_size: int, max_len: int, *, device: torch.device | str | None = None,
                    dtype: torch.dtype = torch.float32) -> State:

@@ -37,7 +37,7 @@ def _backward(dy: list[Tensor], x: Tensor, base: Tensor, down: Tensor, mix: Tens
               cu_seqlens: Tensor | None) -> Five:
     """-> gradients of x, base, down, mix, up.
 
-    Beside these: six tensors like x, 10 R numbers a token, and 5 R for each block of channels (256, float32: 128); in
+    Beside these: a tensor like x, 10 R numbers a token, and 5 R for each block of channels (256, float32: 128); in
     float32 the gradients of up and mix as often as programs fill the GPU.
     """
     from zoo.kernels.ddlerp import backward

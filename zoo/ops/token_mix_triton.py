@@ -34,7 +34,7 @@ def _(x: Tensor, mix: Tensor, cu_seqlens: Tensor | None) -> Five:
 
 @operator("zoo::token_mix_backward")
 def _backward(dy: list[Tensor], x: Tensor, mix: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """-> gradients of x and mix; beside them 4 Z D bytes for every 64 tokens."""
+    """-> gradients of x and mix; beside them 4 Z D bytes for every 32 tokens."""
     from zoo.kernels.token_mix import backward
 
     return backward([each.contiguous() for each in dy], x, mix, cu_seqlens)
