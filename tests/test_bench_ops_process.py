@@ -112,7 +112,7 @@ def test_a_process_that_ends_takes_one_case_with_it(monkeypatch: pytest.MonkeyPa
             found.leave_out(answer, f"within {limit:.0f} s", case)
             return found, answer == "good"
 
-        def ready(self) -> None:
+        def ready(self, device: torch.device) -> None:
             assert not self.ended
 
         def end(self) -> None:
@@ -129,12 +129,12 @@ def test_a_process_that_ends_takes_one_case_with_it(monkeypatch: pytest.MonkeyPa
 
 def test_what_peers_import_is_there_beforehand() -> None:
     process = Process("linear_cross_entropy", "no op of this name")
-    process.ready()
+    process.ready(CPU)
     modules = "list(__import__('sys').modules)"
     try:
         assert "torch._inductor.compile_fx" in process.ask(eval, modules)
         process.kill()
-        process.ready()  # told when it is asked
+        process.ready(CPU)  # told when it is asked
         with pytest.raises(EndedError):
             process.ask(eval, modules)
     finally:

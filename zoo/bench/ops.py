@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -161,8 +162,9 @@ class _Rooms:
 
     def ready(self) -> None:
         """Wait until all are."""
-        for process in self._all():
-            process.ready()
+        if processes := self._all():
+            with ThreadPoolExecutor(len(processes)) as pool:
+                list(pool.map(lambda process: process.ready(self._device), processes))
 
     def measure(self, case: Case, budget: float, refused: Mapping[str, str], limit: float) -> Found:
         """`measure_case` in the op's process, or here where it has none."""

@@ -57,10 +57,10 @@ class Process:
             raise FailedError(result)
         return result
 
-    def ready(self) -> None:
-        """Wait until all is imported. One that ends at it says so when it is asked."""
-        with contextlib.suppress(EndedError):
-            self.ask(os.getpid)
+    def ready(self, device: torch.device) -> None:
+        """Wait until all is imported, and the device set up. One that ends at it says so when it is asked."""
+        with contextlib.suppress(EndedError, FailedError):
+            self.ask(touch, device)
 
     def kill(self) -> None:
         """Bring it to its end, and with it those that it started; who waits for an answer gets EndedError."""
@@ -82,6 +82,11 @@ class Process:
         status = self._process.wait()
         self._said.seek(0)
         return last_line(self._said.read().decode(errors="replace")) + f" (exit status {status})"
+
+
+def touch(device: torch.device) -> None:
+    """What comes with a process's first tensor on a device: on a GPU a second and more."""
+    torch.zeros(1, device=device)
 
 
 def last_line(text: str) -> str:
