@@ -84,10 +84,12 @@ def test_long_prompt_into_a_large_cache_makes_no_large_mask(monkeypatch: pytest.
     monkeypatch.setattr(attention, "masked_attention",
                         lambda q, k, v, visible: shapes.append(visible.shape) or spied(q, k, v, visible))
     attend, T = mixer(), 3 * attention.QUERIES + 5
-    x = torch.randn(1, T, 32)
-    y, _ = attend.extend(x, attend.init_state(1, 8 * T))
-    torch.testing.assert_close(y, attend(x), rtol=1e-4, atol=1e-6)
-    assert shapes == [(1, min(attention.QUERIES, T - a), min(a + attention.QUERIES, T)) for a in range(0, T, 256)]
+    x = torch.randn(1, T + 3, 32)
+    first, state = attend.extend(x[:, :3], attend.init_state(1, 8 * T))
+    assert not shapes  # a beginning needs no mask at all
+    y, _ = attend.extend(x[:, 3:], state)
+    torch.testing.assert_close(torch.cat([first, y], dim=1), attend(x), rtol=1e-4, atol=1e-6)
+    assert shapes == [(1, min(attention.QUERIES, T - a), min(a + attention.QUERIES, T) + 3) for a in range(0, T, 256)]
 
 
 def test_initial_scales_are_those_of_small_init() -> None:

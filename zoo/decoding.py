@@ -15,6 +15,7 @@ from zoo.contract import State
 from zoo.model import LanguageModel
 from zoo.sampling import Sampling, sample, select_rows
 
+
 @torch.no_grad()
 def narrowed(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
     """A copy for decoding whose matrices are in `dtype`: what a step has to read is nearly all theirs.

@@ -198,8 +198,11 @@ class Local(Factored):
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
         sums, cache, position = _sums(state), _cache(state), state["position"]
-        at = position.unsqueeze(1) + torch.arange(q.shape[1], device=position.device)
-        y = aft_local(q, k, v, self.band_at(at), sums, cache)
+        if q.shape[1] > 1 and not int(position.max()):  # sequences from their beginning
+            y = aft_local(q, k, v, self.band(q.shape[1]))
+        else:
+            at = position.unsqueeze(1) + torch.arange(q.shape[1], device=position.device)
+            y = aft_local(q, k, v, self.band_at(at), sums, cache)
         sums, cache = slide(sums, cache, k, v)
         return y, {"position": position + q.shape[1], **sums._asdict(), **cache._asdict()}
 

@@ -65,8 +65,7 @@ class Linformer(SequenceMixer):
         return self.memory.init_state(batch_size, max_len, device, dtype)
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        q, k, v = self.project(x).chunk(3, dim=2)
-        y, state = self.memory.extend(q, k, v, state)
+        y, state = self.memory.extend(self.project(x), state)
         return self.out(y.flatten(-2)), state
 
     def extend_normed(self, x: Tensor, y: Tensor | None, norm: nn.LayerNorm,
@@ -156,9 +155,12 @@ class BlockMemory(nn.Module):
         """`SequenceMixer.reserve`; there are summaries of whole blocks alone."""
         return state | {name: enlarged(state[name], tokens // self.block) for name in ("k_summary", "v_summary")}
 
-    def extend(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
+    def extend(self, qkv: Tensor, state: State) -> tuple[Tensor, State]:
+        q, k, v = qkv.chunk(3, dim=2)
         if unasked(state["position"], q.shape[1]):
             return self.extend_one(q, k, v, state)
+        if q.shape[1] > self.block and not int(state["position"].max()):
+            return self.begin(qkv, state)
         parts = []
         for a in range(0, q.shape[1], self.block):
             piece = slice(a, a + self.block)
@@ -202,6 +204,20 @@ class BlockMemory(nn.Module):
                 window[finishing, : t - 1] = window[finishing, C:]
         return y, {"k": k_window[:, :C], "v": v_window[:, :C], "k_summary": k_summary, "v_summary": v_summary,
                    "position": state["position"] + t}
+
+    def begin(self, qkv: Tensor, state: State) -> tuple[Tensor, State]:
+        """Sequences from their beginning: `forward`, and the state behind it."""
+        T, C = qkv.shape[1], self.block
+        M = T // C
+        state = self.reserve(state, T)
+        _, k, v = qkv.chunk(3, dim=2)
+        starts = torch.arange(M, device=qkv.device) * C
+        done = summaries(*(x[:, : M * C].unflatten(1, (M, C)) for x in (k, v)), self.E, self.F,
+                         self.phases_of(k, starts))
+        for name, x, summary in zip("kv", (k, v), done, strict=True):
+            state[name][:, : T - M * C] = x[:, M * C :].to(state[name].dtype)
+            state[f"{name}_summary"][:, :M] = summary.to(state[name].dtype)
+        return self(qkv), state | {"position": state["position"] + T}
 
     def extend_one(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
         """One token with nothing asked of the device: every row's block is summarised, and kept where it is full."""
@@ -270,7 +286,8 @@ class PrefixMemory(nn.Module):
                  for name, shape in shapes.items()}
         return state | {"position": torch.zeros(batch_size, device=device, dtype=torch.int64)}
 
-    def extend(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
+    def extend(self, qkv: Tensor, state: State) -> tuple[Tensor, State]:
+        q, k, v = qkv.chunk(3, dim=2)
         positions = state["position"].unsqueeze(1) + torch.arange(q.shape[1], device=q.device)
         E, F = (projection.permute(2, 0, 1)[positions] for projection in (self.E, self.F))
         y, k_state, v_state = self.attend(q, k, v, E, F, state["k"], state["v"])

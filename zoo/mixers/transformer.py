@@ -9,7 +9,7 @@ from zoo.contract import SequenceMixer, State
 from zoo.errors import ZooError
 from zoo.layers import enlarged, filled, head_dim, rotary, small_init_, token_positions
 from zoo.ops import decode
-from zoo.ops.attention import attend_cache, rotary_attention
+from zoo.ops.attention import attend_cache, causal_attention, rotary_attention
 from zoo.ops.decode_mixers import ATTENTION, attend_token
 from zoo.ops.rotary import phases
 
@@ -62,7 +62,10 @@ class Attention(SequenceMixer):
         q, k = rotary(q, positions), rotary(k, positions)
         k_cache[rows, positions] = k.to(k_cache.dtype)
         v_cache[rows, positions] = v.to(v_cache.dtype)
-        y = attend_cache(q, k_cache[:, :end], v_cache[:, :end], positions)
+        if end == t > 1:  # sequences from their beginning
+            y = causal_attention(q, k, v)
+        else:
+            y = attend_cache(q, k_cache[:, :end], v_cache[:, :end], positions)
         return self.out(y.flatten(-2)), {"k": k_cache, "v": v_cache, "position": state["position"] + t}
 
     def extend_normed(self, x: Tensor, y: Tensor | None, norm: nn.LayerNorm,
