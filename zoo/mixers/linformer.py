@@ -212,8 +212,8 @@ class BlockMemory(nn.Module):
         state = self.reserve(state, T)
         _, k, v = qkv.chunk(3, dim=2)
         starts = torch.arange(M, device=qkv.device) * C
-        done = summaries(*(x[:, : M * C].unflatten(1, (M, C)) for x in (k, v)), self.E, self.F,
-                         self.phases_of(k, starts))
+        k_blocks, v_blocks = (x[:, : M * C].unflatten(1, (M, C)) for x in (k, v))
+        done = summaries(k_blocks, v_blocks, self.E, self.F, self.phases_of(k, starts))
         for name, x, summary in zip("kv", (k, v), done, strict=True):
             state[name][:, : T - M * C] = x[:, M * C :].to(state[name].dtype)
             state[f"{name}_summary"][:, :M] = summary.to(state[name].dtype)
