@@ -1,30 +1,27 @@
-"""WKV-6 (2404.05892, section 4), forward and backward: states at the borders of chunks, then all chunks in parallel.
+"""WKV-6 (2404.05892, section 4), forward and backward: a program walks over the chunks of a head with the state.
 
 With c_t the sum of the log decays from the chunk's start to t, S the state before the chunk, S' after it:
 
     y_t = (r_t e^c_{t-1}) S + sum_{s<t} A_ts v_s + (r_t . u k_t) v_t,    A_ts = sum_c r_tc k_sc e^(c_{t-1} - c_s)
     S'  = e^c_end S + sum_s (k_s e^(c_end - c_s))^T v_s
 
-`_walk` goes over the chunks with the state alone (backward: with its gradient, from the end) and leaves it at every
-border. `_outputs` and `_gradients` have a program a chunk, and find there all that other chunks have to do with it.
+The forward pass keeps S and A of every chunk; the backward pass goes from the end, with the gradient of S'.
 
-A chunk is one or two blocks of 16 tokens. Between two blocks the border is the reference: r is decayed from it, k to
-it, no exponent above 0. Inside a block A is a product of tiles around half of the block's sum, exponents within +-LIMIT
-/ 2; where a block decays by more than e^-LIMIT in some channel, it is halved again and again, and every border between
-two halves is the reference in its turn, as in the eager path. Each exponent is a sum of the log decays that belong to
-it.
+Pairs are computed by halves, as in the eager path: where s is in the earlier and t in the later half of the same block
+of 2, 4, ..., BT tokens, the border between the halves is the reference: r is decayed from it, k to it. No exponent is
+above 0, and each is a sum of the log decays that belong to it, so that decays may be as steep as they like, and cost
+what flat ones cost. r of the later halves and k of the earlier ones are one tile x, whose product with itself holds the
+pairs of both.
 
-The gradient of a log decay is a sum over pairs s < t around it. Those from before to after the chunk are S dS'; those
-with one end outside, or in the other half, running sums of r dr or k dk (of the parts that these pairs gave); those
-inside a block that was not halved, the difference of two such sums, from which neighbours (s = t - 1, no decay between)
-are left out: what does not belong to the result would drown a small one.
+The gradient of a log decay is a sum over pairs s < t around it. Those from before to after the chunk are S dS'; all
+others have one end beyond a border (the chunk's, or one between halves): running sums, from a token to the border, of r
+dr or k dk, the parts that these pairs gave. Sums of one sign, where the usual sum of r dr - k dk over all that follows
+cancels. Sums over tokens are products with masks of 0 and 1.
 
-Sums over tokens are products with masks of 0 and 1, which tensor cores do with fewer barriers than a scan has.
+Tokens after t change y_t by no bit.
 
-Tokens after t change y_t by no bit, but for their decays: those of its chunk choose the reference, hence the rounding.
-
-A state is held as [V, K], and dA is computed both ways round, as the transpose of a product's result is no safe operand
-on Hopper. That of factors whose exponents are one is taken, in tiles of 16 or 32 rows, too few for wgmma.
+dA is computed both ways round: the transpose of a product's result is no safe operand on Hopper. That of x is taken in
+products of 16 or 32 rows, too few for wgmma.
 """
 
 from __future__ import annotations
@@ -34,287 +31,292 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._common import dot
+from zoo.kernels._common import LOG2E, dot
 from zoo.kernels.wkv6_parts import (
-    NOTHING,
-    Pieces,
-    ask_for,
+    LN2,
+    LOG2LOG2E,
     chunk_size,
     chunk_slots,
-    exp,
+    columns,
+    cut,
+    decay,
     log_decays,
     numbers,
     operands,
     place,
-    rows,
     sums,
-    walk,
 )
 
-
-@triton.jit
-def exponents(own, BT: tl.constexpr, BK: tl.constexpr, OP: tl.constexpr, EXACT: tl.constexpr, SPLIT: tl.constexpr):
-    """Sums of log decays [BT, BK]: of the block before a token; after it; of all of it; of the chunk's other block."""
-    i = tl.arange(0, BT)[:, None]
-    j = tl.arange(0, BT)[None, :]
-    block = i // 16 == j // 16
-    none = tl.zeros([BT, BK], tl.float32)
-    before = sums(tl.where(block & (j < i), 1.0, 0.0), own, none, OP, EXACT, SPLIT)
-    after = sums(tl.where(block & (j > i), 1.0, 0.0), own, none, OP, EXACT, SPLIT)
-    other = none
-    if BT > 16:
-        other = sums(tl.where(block, 0.0, 1.0), own, none, OP, EXACT, SPLIT)
-    return before, after, before + own + after, other
+__all__ = ["backward", "chunk_size", "chunk_slots", "forward", "operands"]
 
 
 @triton.jit
-def between(own, level, BT: tl.constexpr, BK: tl.constexpr, OP: tl.constexpr, EXACT: tl.constexpr,
-            SPLIT: tl.constexpr):
-    """Decay [BT, BK] between a token and the middle of its block of 2^(level + 1) tokens."""
-    i = tl.arange(0, BT)[:, None]
-    j = tl.arange(0, BT)[None, :]
+def to_middle(level: tl.constexpr, BT: tl.constexpr, OP: tl.constexpr):
+    """1 where token j lies between token i and the middle of their block of 2^(level + 1) tokens: [BT (j), BT (i)]."""
+    i = tl.arange(0, BT)[None, :]
+    j = tl.arange(0, BT)[:, None]
     same = (i >> level) == (j >> level)
-    later = (i >> level) % 2 == 1
-    return exp(sums(tl.where(same & tl.where(later, j < i, j > i), 1.0, 0.0), own, tl.zeros([BT, BK], tl.float32), OP,
-                    EXACT, SPLIT))
+    return tl.where(same & tl.where((i >> level) % 2 == 1, j < i, j > i), 1.0, 0.0).to(OP)
 
 
 @triton.jit
-def halves(x, border, level, BT: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr):
-    """A of the pairs with s in the earlier and t in the later half of a block of 2^(level + 1) tokens.
-
-    x: r of the later halves, k of the earlier ones; border: the decay between a token and the middle.
-    """
-    i = tl.arange(0, BT)[:, None]
-    j = tl.arange(0, BT)[None, :]
-    x = (x * border).to(OP)
-    found = dot(x, tl.trans(x), tl.zeros([BT, BT], tl.float32), PRECISION)
-    return tl.where(((i >> level) % 2 == 1) & ((i >> level) == (j >> level) + 1), found, 0.0)
+def halves(b_r, b_k, own, level: tl.constexpr, none, BT: tl.constexpr, OP: tl.constexpr, EXACT: tl.constexpr,
+           SPLIT: tl.constexpr, LOGS2: tl.constexpr):
+    """x [BK, BT]: r of later, k of earlier halves of blocks of 2^(level + 1) tokens, decayed from or to the middle."""
+    x = tl.where((tl.arange(0, BT)[None, :] >> level) % 2 == 1, b_r, b_k)
+    if level > 0:  # neighbours have no decay between them
+        x *= decay(sums(own, to_middle(level, BT, OP), none, OP, EXACT, SPLIT), LOGS2)
+    return x.to(OP)
 
 
 @triton.jit
-def halves_backward(x, border, da, da_t, level, BT: tl.constexpr, BK: tl.constexpr, OP: tl.constexpr,
-                    PRECISION: tl.constexpr):
-    """The same pairs' gradient of x."""
-    i = tl.arange(0, BT)[:, None]
-    j = tl.arange(0, BT)[None, :]
-    pairs = ((i >> level) % 2 == 1) & ((i >> level) == (j >> level) + 1)
-    pairs_t = ((j >> level) % 2 == 1) & ((i >> level) + 1 == (j >> level))
-    across = tl.where(pairs, da, tl.where(pairs_t, da_t, 0.0)).to(OP)
-    return dot(across, (x * border).to(OP), tl.zeros([BT, BK], tl.float32), PRECISION) * border
+def with_halves(scores, x, level: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """`scores` with A of the pairs of those halves."""
+    i = tl.arange(0, BT)[:, None] >> level
+    j = tl.arange(0, BT)[None, :] >> level
+    return tl.where((i % 2 == 1) & (i == j + 1), dot(tl.trans(x), x, tl.zeros([BT, BT], tl.float32), PRECISION), scores)
+
+
+@triton.jit
+def across(da, level: tl.constexpr, BT: tl.constexpr, OP: tl.constexpr):
+    """Of dA, symmetric [BT, BT], the pairs of those halves."""
+    i = tl.arange(0, BT)[:, None] >> level
+    j = tl.arange(0, BT)[None, :] >> level
+    return tl.where(i ^ j == 1, da, 0.0).to(OP)
+
+
+@triton.jit
+def halves_backward(b_dr, b_dk, b_dw, b_r, b_k, own, b_across, level: tl.constexpr, none, BT: tl.constexpr,
+                    OP: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, SPLIT: tl.constexpr,
+                    LOGS2: tl.constexpr):
+    """Gradients of r, k and log decays, with those that the pairs of these halves give."""
+    later = (tl.arange(0, BT)[None, :] >> level) % 2 == 1
+    x = tl.where(later, b_r, b_k)
+    if level > 0:
+        inside = to_middle(level, BT, OP)
+        from_middle = decay(sums(own, inside, none, OP, EXACT, SPLIT), LOGS2)
+        dx = dot((x * from_middle).to(OP), b_across, none, PRECISION) * from_middle
+        b_dw = sums(x * dx, tl.trans(inside), b_dw, OP, EXACT, False)
+    else:
+        dx = dot(x.to(OP), b_across, none, PRECISION)
+    return b_dr + tl.where(later, dx, 0.0), b_dk + tl.where(later, 0.0, dx), b_dw
 
 
 @triton.jit(do_not_specialize=["T", "L", "pieces", "documents"])
-def _outputs(r, k, v, w, base, u, states, y, pairs, cu_seqlens, table, T, L, pieces, documents, H, K, V,
-             r_b, r_t, r_h, k_b, k_t, k_h, v_b, v_t, v_h, w_b, w_t, w_h,
+def _outputs(r, k, v, w, base, u, initial, borders, final, states, pairs, y, cu_seqlens, table, T, L, pieces, documents,
+             H, K, V, r_b, r_t, r_h, k_b, k_t, k_h, v_b, v_t, v_h, w_b, w_t, w_h,
              BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
-             EXACT: tl.constexpr, LIMIT: tl.constexpr, KEEP: tl.constexpr):
-    """y of one chunk, head and block of values; KEEP: A, which the backward pass wants, too."""
+             EXACT: tl.constexpr, KEEP: tl.constexpr):
+    """y of a segment, a head and a block of values; KEEP: and of each chunk the state before it, and A."""
     i_h = tl.program_id(0) % H
-    i_n, i_b, bos, length, i_c, slot, _ = place(
+    i_n, i_b, bos, length, i_s, slot, first_piece = place(
         tl.program_id(0) // H, T, L, pieces, documents, cu_seqlens, table, BT)
     if i_n < 0:
         return
-    o_t = tl.arange(0, BT)
+    first = i_s * L
+    last = tl.minimum(first + L, length)
+    o_r = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = tl.program_id(1) * BV + tl.arange(0, BV)
     m_k = o_k < K
     m_v = o_v < V
-    first = bos + i_c * BT
-    left = tl.minimum(length - i_c * BT, BT).to(tl.int32)
-    m_tk = (o_t < left)[:, None] & m_k[None, :]
-    m_tv = (o_t < left)[:, None] & m_v[None, :]
-    i = o_t[:, None]
-    j = o_t[None, :]
-    block = i // 16 == j // 16
-    second = i >= 16
-    r += i_b * r_b + first * r_t + i_h * r_h
-    k += i_b * k_b + first * k_t + i_h * k_h
-    v += i_b * v_b + first * v_t + i_h * v_h
-    w += i_b * w_b + first * w_t + i_h * w_h
+    m_state = m_k[:, None] & m_v[None, :]
+    o_state = o_k[:, None] * V + o_v[None, :]
+    i = o_r[:, None]
+    j = o_r[None, :]
+    r += i_b * r_b + bos * r_t + i_h * r_h
+    k += i_b * k_b + bos * k_t + i_h * k_h
+    v += i_b * v_b + bos * v_t + i_h * v_h
+    w += i_b * w_b + bos * w_t + i_h * w_h
+    y += ((i_b * T + bos) * H + i_h) * V
+    states += (slot * H + i_h) * K * V
+    pairs += (slot * H + i_h) * BT * BT
+    b_base = None
     if base is not None:
-        base += i_h * K
+        b_base = tl.load(base + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32) * LOG2E + LOG2LOG2E
+    LOGS2: tl.constexpr = base is not None
     SPLIT: tl.constexpr = base is None and w.dtype.element_ty != OP
     # of sums over K: a tensor core rounds each of its steps towards 0, which 200 of them show in float32
     LONG: tl.constexpr = "ieee" if EXACT and BK > 128 else PRECISION
-    states += ((slot + i_c) * H + i_h) * K * V
-    ask_for(r, r_t, o_t, left, K, BK)
-    ask_for(states, K, o_v, V, K, BK)
-    ask_for(k, k_t, o_t, left, K, BK)
-    ask_for(v + tl.program_id(1) * BV, v_t, o_t, left, V - tl.program_id(1) * BV, BV)
-    own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k, OP)
-    before, after, all_, other = exponents(own, BT, BK, OP, EXACT, SPLIT)
-    b_r = rows(r, r_t, o_t, o_k, m_tk).to(tl.float32)
-    b_state = rows(states, K, o_v, o_k, m_v[:, None] & m_k[None, :])
-    from_start = exp(before + tl.where(second, other, 0.0))
-    b_y = dot((b_r * from_start).to(OP), tl.trans(b_state), tl.zeros([BT, BV], tl.float32), LONG)
+    b_u = tl.load(u + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)[:, None]
+    none = tl.zeros([BK, BT], tl.float32)
 
-    # pairs: a token with itself, with those of the block before, with those of its own
-    b_k = rows(k, k_t, o_t, o_k, m_tk).to(tl.float32)
-    b_u = tl.load(u + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-    bonus = tl.sum(b_r * b_u[None, :] * b_k, 1)
-    scores = tl.where(i == j, bonus[:, None], 0.0)
-    if BT > 16:
-        scores += halves(tl.where(second, b_r, b_k), exp(tl.where(second, before, after)), 4, BT, OP, LONG)
-    if tl.max(-all_) < LIMIT:
-        found = dot((b_r * exp(before - all_ * 0.5)).to(OP), tl.trans((b_k * exp(after - all_ * 0.5)).to(OP)),
-                    tl.zeros([BT, BT], tl.float32), LONG)
-        scores += tl.where(block & (i > j), found, 0.0)
-    else:
-        for level in range(0, tl.minimum(left, 4)):
-            x = tl.where((i >> level) % 2 == 1, rows(r, r_t, o_t, o_k, m_tk).to(tl.float32),
-                         rows(k, k_t, o_t, o_k, m_tk).to(tl.float32))
-            own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k, OP)
-            scores += halves(x, between(own, level, BT, BK, OP, EXACT, SPLIT), level, BT, OP, LONG)
-    if KEEP and tl.program_id(1) == 0:
-        tl.store(pairs + ((slot + i_c) * H + i_h) * BT * BT + i * BT + j, scores.to(OP))
-    b_v = rows(v, v_t, o_t, o_v, m_tv).to(OP)
-    b_y = dot(scores.to(OP), b_v, b_y, PRECISION)
-    y += ((i_b * T + first) * H + i_h) * V
-    tl.store(y + o_t[:, None] * H * V + o_v[None, :], b_y.to(y.dtype.element_ty), mask=m_tv)
+    b_state = tl.zeros([BK, BV], tl.float32)
+    if pieces > 1:
+        b_state = tl.load(borders + ((first_piece + i_s) * H + i_h) * K * V + o_state, mask=m_state, other=0.0)
+    elif initial is not None:
+        b_state = tl.load(initial + (i_n * H + i_h) * K * V + o_state, mask=m_state, other=0.0).to(tl.float32)
+    chunks = tl.cdiv(last - first, BT).to(tl.int32)
+    # what does not change from chunk to chunk is computed anew: registers are dearer. n >> 24 is 0, but who knows
+    for n in tl.range(0, chunks, disable_licm=True):
+        o_n = o_r + (n >> 24)
+        i_c = first // BT + n
+        o_c = i_c * BT
+        left = tl.minimum(last - o_c, BT).to(tl.int32)
+        m_tk = m_k[:, None] & (o_r < left)[None, :]
+        m_tv = (o_r < left)[:, None] & m_v[None, :]
+        b_r = columns(r + o_c * r_t, o_n[None, :] * r_t + o_k[:, None], m_tk, BT, OP)
+        b_k = columns(k + o_c * k_t, o_n[None, :] * k_t + o_k[:, None], m_tk, BT, OP)
+        b_v = tl.load(v + o_c * v_t + o_n[:, None] * v_t + o_v[None, :], mask=m_tv, other=0.0).to(OP)
+        own = log_decays(w + o_c * w_t, b_base, o_n[None, :] * w_t + o_k[:, None], m_tk, BT, OP)
+        if KEEP:
+            tl.store(states + i_c * H * K * V + (o_k + (n >> 24))[:, None] * V + o_v[None, :], b_state.to(OP),
+                     mask=m_state)
+
+        # all factors first, then all products: they wait for each other once
+        from_start = (b_r * decay(sums(own, tl.where(i < j, 1.0, 0.0), none, OP, EXACT, SPLIT), LOGS2)).to(OP)
+        to_end = (b_k * decay(sums(own, tl.where(i > j, 1.0, 0.0), none, OP, EXACT, SPLIT), LOGS2)).to(OP)
+        bonus = (b_r * b_u).to(OP)
+        x0 = halves(b_r, b_k, own, 0, none, BT, OP, EXACT, SPLIT, LOGS2)
+        x1 = halves(b_r, b_k, own, 1, none, BT, OP, EXACT, SPLIT, LOGS2)
+        x2 = halves(b_r, b_k, own, 2, none, BT, OP, EXACT, SPLIT, LOGS2)
+        x3 = halves(b_r, b_k, own, 3, none, BT, OP, EXACT, SPLIT, LOGS2)
+        if BT > 16:
+            x4 = halves(b_r, b_k, own, 4, none, BT, OP, EXACT, SPLIT, LOGS2)
+        b_y = dot(tl.trans(from_start), b_state.to(OP), tl.zeros([BT, BV], tl.float32), LONG)
+        scores = dot(tl.trans(bonus), b_k.to(OP), tl.zeros([BT, BT], tl.float32), LONG)
+        scores = with_halves(tl.where(i == j, scores, 0.0), x0, 0, BT, LONG)
+        scores = with_halves(scores, x1, 1, BT, LONG)
+        scores = with_halves(scores, x2, 2, BT, LONG)
+        scores = with_halves(scores, x3, 3, BT, LONG)
+        if BT > 16:
+            scores = with_halves(scores, x4, 4, BT, LONG)
+        if KEEP and tl.program_id(1) == 0:
+            tl.store(pairs + i_c * H * BT * BT + i * BT + j, scores.to(OP))
+        b_y = dot(scores.to(OP), b_v, b_y, PRECISION)
+        tl.store(y + o_c * H * V + o_n[:, None] * (H * V) + o_v[None, :], b_y.to(y.dtype.element_ty), mask=m_tv)
+        b_state = dot(to_end, b_v, b_state * decay(tl.sum(own.to(tl.float32), 1), LOGS2)[:, None], PRECISION)
+    if last == length:
+        tl.store(final + (i_n * H + i_h) * K * V + o_state, b_state, mask=m_state)
 
 
 @triton.jit(do_not_specialize=["T", "L", "pieces", "documents"])
-def _gradients(r, k, v, w, base, u, dy, states, pairs, dstates, dr, dk, dv, dw, du, dbase, cu_seqlens, table,
-               T, L, pieces, documents, H, K, V,
+def _gradients(r, k, v, w, base, u, dy, states, pairs, dfinal, borders, dinitial, dr, dk, dv, dw, du, dbase,
+               cu_seqlens, table, T, L, pieces, documents, H, K, V,
                r_b, r_t, r_h, k_b, k_t, k_h, v_b, v_t, v_h, w_b, w_t, w_h, dy_b, dy_t, dy_h,
                BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
-               EXACT: tl.constexpr, LIMIT: tl.constexpr):
-    """All gradients of one chunk and head, those of r, k, w, u as one block of values has them."""
+               EXACT: tl.constexpr):
+    """All gradients of a segment and a head, those of r, k, w, u, base as one block of values has them."""
     i_h = tl.program_id(0) % H
     i_v = tl.program_id(1)
-    i_n, i_b, bos, length, i_c, slot, _ = place(
+    blocks = tl.num_programs(1)
+    i_n, i_b, bos, length, i_s, slot, first_piece = place(
         tl.program_id(0) // H, T, L, pieces, documents, cu_seqlens, table, BT)
-    o_t = tl.arange(0, BT)
+    o_r = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     m_k = o_k < K
     m_v = o_v < V
-    blocks = tl.num_programs(1)
     o_sum = (tl.program_id(0).to(tl.int64) * blocks + i_v) * K + o_k
     if i_n < 0:
         tl.store(du + o_sum, tl.zeros([BK], tl.float32), mask=m_k)
         if base is not None:
             tl.store(dbase + o_sum, tl.zeros([BK], tl.float32), mask=m_k)
         return
-    first = bos + i_c * BT
-    left = tl.minimum(length - i_c * BT, BT).to(tl.int32)
-    m_tk = (o_t < left)[:, None] & m_k[None, :]
-    m_tv = (o_t < left)[:, None] & m_v[None, :]
-    i = o_t[:, None]
-    j = o_t[None, :]
-    block = i // 16 == j // 16
-    second = i >= 16
-    r += i_b * r_b + first * r_t + i_h * r_h
-    k += i_b * k_b + first * k_t + i_h * k_h
-    v += i_b * v_b + first * v_t + i_h * v_h
-    w += i_b * w_b + first * w_t + i_h * w_h
-    dy += i_b * dy_b + first * dy_t + i_h * dy_h
-    if base is not None:
-        base += i_h * K
-    SPLIT: tl.constexpr = base is None and w.dtype.element_ty != OP
-    # of sums over K: a tensor core rounds each of its steps towards 0, which 200 of them show in float32
-    LONG: tl.constexpr = "ieee" if EXACT and BK > 128 else PRECISION
-    none = tl.zeros([BT, BK], tl.float32)
-    square = tl.zeros([BT, BT], tl.float32)
-    o_slot = (slot + i_c) * H + i_h
-    states += o_slot * K * V
-    dstates += o_slot * K * V
-    m_state = m_v[:, None] & m_k[None, :]
-    ask_for(v + i_v * BV, v_t, o_t, left, V - i_v * BV, BV)
-    ask_for(states, K, o_v, V, K, BK)
-    ask_for(dstates, K, o_v, V, K, BK)
-    ask_for(w, w_t, o_t, left, K, BK)
-    ask_for(k, k_t, o_t, left, K, BK)
-    ask_for(pairs + o_slot * BT * BT, BT, o_t, BT, BT, BT)
-    ask_for(r, r_t, o_t, left, K, BK)
-    start = (i_b * T + first) * H + i_h
+    first = i_s * L
+    last = tl.minimum(first + L, length)
+    m_state = m_k[:, None] & m_v[None, :]
+    o_state = o_k[:, None] * V + o_v[None, :]
+    i = o_r[:, None]
+    j = o_r[None, :]
+    start = (i_b * T + bos) * H + i_h
+    r += i_b * r_b + bos * r_t + i_h * r_h
+    k += i_b * k_b + bos * k_t + i_h * k_h
+    v += i_b * v_b + bos * v_t + i_h * v_h
+    w += i_b * w_b + bos * w_t + i_h * w_h
+    dy += i_b * dy_b + bos * dy_t + i_h * dy_h
     dr += (start * blocks + i_v) * K
     dk += (start * blocks + i_v) * K
     dw += (start * blocks + i_v) * K
     dv += start * V
-    o_out = o_t[:, None] * H * blocks * K + o_k[None, :]
-
-    # values with each other, wanted both ways round; with the states on both sides
-    b_dy = rows(dy, dy_t, o_t, o_v, m_tv).to(OP)
-    b_v = rows(v, v_t, o_t, o_v, m_tv).to(OP)
-    da = dot(b_dy, tl.trans(b_v), square, PRECISION)
-    da_t = dot(b_v, tl.trans(b_dy), square, PRECISION)
-    b_state = rows(states, K, o_v, o_k, m_state)
-    b_dr = dot(b_dy, b_state, none, PRECISION)
-    b_dstate = rows(dstates, K, o_v, o_k, m_state)
-    b_dk = dot(b_v, b_dstate, none, PRECISION)
-    through = tl.sum(b_state.to(tl.float32) * b_dstate.to(tl.float32), 0)
-
-    # gradients of values: from the pairs, and to the chunk's end
-    own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k, OP)
-    before, after, all_, other = exponents(own, BT, BK, OP, EXACT, SPLIT)
-    b_k = rows(k, k_t, o_t, o_k, m_tk).to(tl.float32)
-    to_end = exp(after + tl.where(second, 0.0, other))
-    b_dv = dot((b_k * to_end).to(OP), tl.trans(b_dstate), tl.zeros([BT, BV], tl.float32), LONG)
-    b_dv = dot(tl.load(pairs + o_slot * BT * BT + j * BT + i), b_dy, b_dv, PRECISION)
-    tl.store(dv + o_t[:, None] * H * V + o_v[None, :], b_dv.to(dv.dtype.element_ty), mask=m_tv)
-    b_dk *= to_end
-    b_dr *= exp(before + tl.where(second, other, 0.0))
-    b_dw = -through[None, :] * exp(all_ + other)  # less than nothing until it is stored: masks of its own, short-lived
-    b_r = rows(r, r_t, o_t, o_k, m_tk).to(tl.float32)
-    later_sum = b_r * b_dr  # for the decays before a token
-    earlier_sum = b_k * b_dk  # for those after it
-
-    # between the blocks, where a token's part is that of r, or of k
-    if BT > 16:
-        b_dw = sums(tl.where(block, 0.0, -1.0), tl.where(second, later_sum, earlier_sum), b_dw, OP, EXACT, False)
-        x = tl.where(second, b_r, b_k)
-        dx = halves_backward(x, exp(tl.where(second, before, after)), da, da_t, 4, BT, BK, OP, PRECISION)
-        b_dr += tl.where(second, dx, 0.0)
-        b_dk += tl.where(second, 0.0, dx)
-        dx *= x
-        later_sum += tl.where(second, dx, 0.0)
-        earlier_sum += tl.where(second, 0.0, dx)
-    b_dw = sums(tl.where(block & (j < i), -1.0, 0.0), earlier_sum, b_dw, OP, EXACT, False)
-
-    # inside blocks
-    if tl.max(-all_) < LIMIT:
-        to_middle = exp(after - all_ * 0.5)
-        earlier = (b_k * to_middle).to(OP)
-        from_middle = exp(before - all_ * 0.5)
-        inside_r = dot(tl.where(block & (i > j + 1), da, 0.0).to(OP), earlier, none, PRECISION) * from_middle
-        b_dr = dot(tl.where(block & (i == j + 1), da, 0.0).to(OP), b_k.to(OP), b_dr + inside_r, PRECISION)
-        later_sum += b_r * inside_r
-        later = (b_r * from_middle).to(OP)
-        inside_k = dot(tl.where(block & (i + 1 < j), da_t, 0.0).to(OP), later, none, PRECISION) * to_middle
-        b_dk = dot(tl.where(block & (i + 1 == j), da_t, 0.0).to(OP), b_r.to(OP), b_dk + inside_k, PRECISION)
-        inside_k *= b_k
-        later_sum -= inside_k
-        b_dw += inside_k
-    else:
-        for level in range(0, tl.minimum(left, 4)):
-            later_half = (i >> level) % 2 == 1
-            x = tl.where(later_half, rows(r, r_t, o_t, o_k, m_tk).to(tl.float32),
-                         rows(k, k_t, o_t, o_k, m_tk).to(tl.float32))
-            own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k, OP)
-            border = between(own, level, BT, BK, OP, EXACT, SPLIT)
-            dx = halves_backward(x, border, da, da_t, level, BT, BK, OP, PRECISION)
-            b_dr += tl.where(later_half, dx, 0.0)
-            b_dk += tl.where(later_half, 0.0, dx)
-            beyond = (i >> level == j >> level) & tl.where(later_half, j > i, j < i)
-            b_dw = sums(tl.where(beyond, -1.0, 0.0), x * dx, b_dw, OP, EXACT, False)
-    b_dw = sums(tl.where(block & (j > i), -1.0, 0.0), later_sum, b_dw, OP, EXACT, True)
-    own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k, OP)
-    b_dw = tl.where(own <= NOTHING, 0.0, -b_dw)
+    states += (slot * H + i_h) * K * V
+    pairs += (slot * H + i_h) * BT * BT
+    b_base = None
     if base is not None:
-        b_dw *= own
-        tl.store(dbase + o_sum, tl.sum(b_dw, 0), mask=m_k)
-    tl.store(dw + o_out, b_dw.to(dw.dtype.element_ty), mask=m_tk)
+        b_base = tl.load(base + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32) * LOG2E + LOG2LOG2E
+    LOGS2: tl.constexpr = base is not None
+    SPLIT: tl.constexpr = base is None and w.dtype.element_ty != OP
+    LONG: tl.constexpr = "ieee" if EXACT and BK > 128 else PRECISION
+    b_u = tl.load(u + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)[:, None]
+    none = tl.zeros([BK, BT], tl.float32)
+    square = tl.zeros([BT, BT], tl.float32)
+    after = tl.where(i > j, 1.0, 0.0).to(OP)
 
-    # a token with itself
-    itself = tl.sum(tl.where(i == j, da, 0.0), 1)[:, None]
-    b_r = rows(r, r_t, o_t, o_k, m_tk).to(tl.float32)
-    b_k = rows(k, k_t, o_t, o_k, m_tk).to(tl.float32)
-    b_u = tl.load(u + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
-    tl.store(dr + o_out, (b_dr + itself * b_u * b_k).to(dr.dtype.element_ty), mask=m_tk)
-    tl.store(dk + o_out, (b_dk + itself * b_u * b_r).to(dk.dtype.element_ty), mask=m_tk)
-    tl.store(du + o_sum, tl.sum(itself * b_r * b_k, 0), mask=m_k)
+    b_dstate = tl.zeros([BK, BV], tl.float32)
+    if pieces > 1:
+        b_dstate = tl.load(borders + ((first_piece + i_s) * H + i_h) * K * V + o_state, mask=m_state, other=0.0)
+    elif dfinal is not None:
+        b_dstate = tl.load(dfinal + (i_n * H + i_h) * K * V + o_state, mask=m_state, other=0.0).to(tl.float32)
+    b_du = tl.zeros([BK], tl.float32)
+    b_dbase = tl.zeros([BK], tl.float32)
+    chunks = tl.cdiv(last - first, BT).to(tl.int32)
+    for n in tl.range(0, chunks, disable_licm=True):  # as in _outputs
+        o_n = o_r + (n >> 24)
+        i_c = first // BT + chunks - 1 - n
+        o_c = i_c * BT
+        left = tl.minimum(last - o_c, BT).to(tl.int32)
+        m_tk = m_k[:, None] & (o_r < left)[None, :]
+        m_tv = (o_r < left)[:, None] & m_v[None, :]
+        b_dy = tl.load(dy + o_c * dy_t + o_n[:, None] * dy_t + o_v[None, :], mask=m_tv, other=0.0).to(OP)
+        b_v = tl.load(v + o_c * v_t + o_n[:, None] * v_t + o_v[None, :], mask=m_tv, other=0.0).to(OP)
+        b_r = columns(r + o_c * r_t, o_n[None, :] * r_t + o_k[:, None], m_tk, BT, OP)
+        b_k = columns(k + o_c * k_t, o_n[None, :] * k_t + o_k[:, None], m_tk, BT, OP)
+        own = log_decays(w + o_c * w_t, b_base, o_n[None, :] * w_t + o_k[:, None], m_tk, BT, OP)
+        b_state = tl.load(states + i_c * H * K * V + (o_k + (n >> 24))[:, None] * V + o_v[None, :], mask=m_state,
+                          other=0.0)
+        b_pairs = tl.load(pairs + i_c * H * BT * BT + j * BT + i)
+        o_out = o_n[None, :] * (H * blocks * K) + o_k[:, None]
+        o_c *= H
+
+        da = dot(b_dy, tl.trans(b_v), square, PRECISION)
+        da = tl.where(i >= j, da, dot(b_v, tl.trans(b_dy), square, PRECISION)).to(OP)
+        itself = tl.where(i == j, da, 0.0).to(OP)
+        across0 = across(da, 0, BT, OP)
+        across1 = across(da, 1, BT, OP)
+        across2 = across(da, 2, BT, OP)
+        across3 = across(da, 3, BT, OP)
+
+        # of values; then of all pairs with one end beyond the chunk, or both
+        b_ds = b_dstate.to(OP)
+        to_end = decay(sums(own, after, none, OP, EXACT, SPLIT), LOGS2)
+        b_dv = dot(tl.trans((b_k * to_end).to(OP)), b_ds, tl.zeros([BT, BV], tl.float32), LONG)
+        b_dv = dot(b_pairs, b_dy, b_dv, PRECISION)
+        tl.store(dv + o_c * V + o_n[:, None] * (H * V) + o_v[None, :], b_dv.to(dv.dtype.element_ty), mask=m_tv)
+        b_dk = dot(b_ds, tl.trans(b_v), none, PRECISION) * to_end
+        total = decay(tl.sum(own.to(tl.float32), 1), LOGS2)
+        b_dw = none + (tl.sum(b_state.to(tl.float32) * b_dstate, 1) * total)[:, None]
+        b_dw = sums(b_k * b_dk, tl.trans(after), b_dw, OP, EXACT, False)
+        from_start = decay(sums(own, tl.trans(after), none, OP, EXACT, SPLIT), LOGS2)
+        b_dr = dot(b_state, tl.trans(b_dy), none, PRECISION) * from_start
+        b_dw = sums(b_r * b_dr, after, b_dw, OP, EXACT, False)
+        b_dstate = dot((b_r * from_start).to(OP), b_dy, b_dstate * total[:, None], PRECISION)
+
+        # of pairs inside, by halves; of a token with itself
+        b_dr, b_dk, b_dw = halves_backward(b_dr, b_dk, b_dw, b_r, b_k, own, across1, 1, none, BT, OP, PRECISION,
+                                           EXACT, SPLIT, LOGS2)
+        b_dr, b_dk, b_dw = halves_backward(b_dr, b_dk, b_dw, b_r, b_k, own, across2, 2, none, BT, OP, PRECISION,
+                                           EXACT, SPLIT, LOGS2)
+        b_dr, b_dk, b_dw = halves_backward(b_dr, b_dk, b_dw, b_r, b_k, own, across3, 3, none, BT, OP, PRECISION,
+                                           EXACT, SPLIT, LOGS2)
+        if BT > 16:
+            b_dr, b_dk, b_dw = halves_backward(b_dr, b_dk, b_dw, b_r, b_k, own, across(da, 4, BT, OP), 4, none, BT, OP,
+                                               PRECISION, EXACT, SPLIT, LOGS2)
+        if base is not None:
+            b_dw *= own.to(tl.float32) * LN2
+            b_dbase += tl.sum(b_dw, 1)
+        tl.store(dw + o_c * (blocks * K) + o_out, b_dw.to(dw.dtype.element_ty), mask=m_tk)
+        b_dr, b_dk, b_dw = halves_backward(b_dr, b_dk, b_dw, b_r, b_k, own, across0, 0, none, BT, OP, PRECISION,
+                                           EXACT, SPLIT, LOGS2)
+        x = dot(b_k.to(OP), itself, none, PRECISION)
+        b_du += tl.sum(b_r * x, 1)
+        tl.store(dr + o_c * (blocks * K) + o_out, (b_dr + x * b_u).to(dr.dtype.element_ty), mask=m_tk)
+        x = dot(b_r.to(OP), itself, none, PRECISION)
+        tl.store(dk + o_c * (blocks * K) + o_out, (b_dk + x * b_u).to(dk.dtype.element_ty), mask=m_tk)
+    if first == 0:
+        tl.store(dinitial + (i_n * H + i_h) * K * V + o_state, b_dstate, mask=m_state)
+    tl.store(du + o_sum, b_du, mask=m_k)
+    if base is not None:
+        tl.store(dbase + o_sum, b_dbase, mask=m_k)
 
 
 def forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None,
@@ -333,18 +335,18 @@ def forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial: Tens
                         device=r.device)
     if cu_seqlens is not None or T == 0:  # documents without a token are nobody's
         final = final.zero_() if initial is None else final.copy_(initial)
-    slots, BT = chunk_slots(r, op, cu_seqlens), chunk_size(r, op)
+    slots, BT = chunk_slots(r, op, cu_seqlens) if keep else 0, chunk_size(r, op)
     new = torch.empty if cu_seqlens is None else torch.zeros  # some slots may stay unused, an output has no garbage
-    pairs = new(slots if keep else 0, H, BT, BT, dtype=op, device=r.device)
+    states, pairs = (new(slots, H, *size, dtype=op, device=r.device) for size in ((K, V), (BT, BT)))
     if not y.numel():
-        return y, final, torch.zeros(len(pairs), H, V, K, dtype=op, device=r.device), pairs
-    states = walk(k, v, w, base, initial, final, slots, cu_seqlens, op, how, False)
+        return y, final, states.zero_(), pairs
     launch = numbers("outputs", r, v, op)
-    chunks = Pieces(r, cu_seqlens, BT)
-    _outputs[chunks.rows * H, triton.cdiv(V, launch["BV"])](
-        r, k, v, w, base, u, states, y, pairs, *chunks.numbers, H, K, V,
+    blocks = triton.cdiv(V, launch["BV"])
+    pieces, borders = cut(k, v, w, base, initial, final, cu_seqlens, op, how, blocks, False)
+    _outputs[pieces.rows * H, blocks](
+        r, k, v, w, base, u, initial, borders, final, states, pairs, y, *pieces.numbers, H, K, V,
         *r.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride()[:3], **launch, **how, KEEP=keep)
-    return y, final, states if keep else states.new_empty(0, H, V, K), pairs
+    return y, final, states, pairs
 
 
 def backward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, states: Tensor, pairs: Tensor, dy: Tensor,
@@ -364,16 +366,16 @@ def backward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, states: Tens
         zeros = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (r, k, v, w, u)]
         dbase = u.new_empty(0) if base is None else torch.zeros_like(base)
         return zeros[0], zeros[1], zeros[2], zeros[3], zeros[4], dinitial, dbase
-    dstates = walk(r, dy, w, base, dfinal, dinitial, len(states), cu_seqlens, op, how, True)
-    chunks = Pieces(r, cu_seqlens, launch["BT"])
+    pieces, borders = cut(r, dy, w, base, dfinal, dinitial, cu_seqlens, op, how, blocks, True)
     # several blocks of values: each has its part of what they share
     dr, dk, dw = (torch.empty(B, T, H, blocks, K, dtype=x.dtype if blocks == 1 else torch.float32, device=r.device)
                   for x in (r, k, w))
     dv = torch.empty(B, T, H, V, dtype=v.dtype, device=v.device)
-    sums_ = torch.empty(1 if base is None else 2, chunks.rows, H, blocks, K, dtype=torch.float32, device=r.device)
-    _gradients[chunks.rows * H, blocks](
-        r, k, v, w, base, u, dy, states, pairs, dstates, dr, dk, dv, dw, sums_[0], sums_[-1], *chunks.numbers, H, K, V,
-        *r.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride()[:3], *dy.stride()[:3], **launch, **how)
+    sums_ = torch.empty(1 if base is None else 2, pieces.rows, H, blocks, K, dtype=torch.float32, device=r.device)
+    _gradients[pieces.rows * H, blocks](
+        r, k, v, w, base, u, dy, states, pairs, dfinal, borders, dinitial, dr, dk, dv, dw, sums_[0], sums_[-1],
+        *pieces.numbers, H, K, V, *r.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride()[:3],
+        *dy.stride()[:3], **launch, **how)
     if blocks > 1:
         dr, dk, dw = (x.sum(3).to(like.dtype) for x, like in zip((dr, dk, dw), (r, k, w), strict=True))
     else:

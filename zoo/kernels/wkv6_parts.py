@@ -1,8 +1,11 @@
-"""What the kernels of WKV-6 share: a chunk's decays and pairs, the walk over chunks' borders, and launches' numbers.
+"""What the kernels of WKV-6 share: a chunk's decays, the first walk over segments, and launches' numbers.
 
 Where rows and heads are too few for the GPU, documents are cut into segments: a first `_walk` gives what each adds to a
 state, `_scan` the states at their borders. How many segments there are, and whether rows hold documents, are run-time
 numbers: one build does for all of them.
+
+Tiles of r, k and the decays are [K, tokens]: a channel's tokens lie in one warp, and what is computed of them is the
+left factor of the next product without leaving its registers.
 """
 
 from __future__ import annotations
@@ -12,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._common import INTERPRETED, LOG2E, document_chunks, dot, power_of_two, precision
+from zoo.kernels._common import INTERPRETED, LOG2E, cdiv, document_chunks, dot, power_of_two, precision
 
 NOTHING = tl.constexpr(-104.0)  # exp of less is 0 in float32
-MOST = tl.constexpr(5.0)  # e^5 is more than enough to be one of those
+LOG2LOG2E = tl.constexpr(0.5287663729448977)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -41,77 +45,81 @@ def place(i_row, T, L, pieces, documents, cu_seqlens, table, BT: tl.constexpr):
 
 
 @triton.jit
-def rows(x, stride, o_t, o_c, m):
-    """Rows o_t, columns o_c of a tensor, 0 where not m."""
-    return tl.load(x + o_t[:, None] * stride + o_c[None, :], mask=m, other=0.0)
+def exp2(x):
+    """2^x by one instruction; less than 2^-126 is 0, where tl.exp2 spends two more on it."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True,
+                                         pack=1)
 
 
 @triton.jit
-def ask_for(x, stride, o_t, last, columns, WIDTH: tl.constexpr):
-    """Sets rows o_t of a tensor on their way to the L2 cache; 32 bytes of it for every prefetch.
+def decay(x, LOGS2: tl.constexpr):
+    """The decay that a sum of log decays is: to base 2, or e."""
+    return exp2(x if LOGS2 else x * LOG2E)
 
-    Triton waits for each tile before it loads the next, as it puts it into shared memory at once.
+
+@triton.jit
+def columns(x, o, m, BT: tl.constexpr, OP: tl.constexpr):
+    """A tile [BK, BT] of x at offsets o, in float32, 0 where not m.
+
+    In bf16 by a product with 1, for its result's layout: one in which all that follows is computed. (From a plain load
+    Triton computes the same several times over, in every layout in which it is wanted.) So a number that is not finite
+    spoils its channel's whole chunk.
     """
-    if not INTERPRETED:
-        STEP: tl.constexpr = 256 // x.dtype.element_ty.primitive_bitwidth
-        o_c = tl.arange(0, WIDTH // STEP) * STEP
-        m = (o_t < last)[:, None] & (o_c < columns)[None, :]
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l,r",
-            [(x + o_t[:, None] * stride + o_c[None, :]).to(tl.int64), m.to(tl.int32)], dtype=tl.int32, is_pure=False,
-            pack=1)
+    x = tl.load(x + o, mask=m, other=0.0)
+    if x.dtype == OP and tl.float32 != OP:
+        one = tl.where(tl.arange(0, BT)[:, None] == tl.arange(0, BT)[None, :], 1.0, 0.0)
+        return dot(x, one.to(OP), tl.zeros(x.shape, tl.float32), "tf32")
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
-def log_decays(w, base, stride, o_t, o_k, m, m_k, OP: tl.constexpr):
-    """Log decays: w itself; with a base [K] -e^(base + w) of the sum in float32, rounded to OP as w itself would be."""
-    own = rows(w, stride, o_t, o_k, m).to(tl.float32)
-    if base is not None:
-        own += tl.load(base + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
-        own = tl.where(m, -exp(tl.minimum(own, MOST)), 0.0).to(OP).to(tl.float32)
-    return tl.where(own < NOTHING, NOTHING, own)
+def log_decays(w, b_base, o, m, BT: tl.constexpr, OP: tl.constexpr):
+    """Log decays [BK, BT]: w itself, float32; with b_base [BK] those to base 2 of -e^(base + w), in OP.
+
+    b_base = log2(e) base + log2(log2(e)). Rounding logarithms to base 2 is as good as rounding those to base e.
+    """
+    if b_base is None:
+        own = tl.load(w + o, mask=m, other=0.0).to(tl.float32)  # may hold -inf, of which a product would make NaN
+        return tl.where(own < NOTHING, NOTHING, own)
+    else:
+        own = -exp2(columns(w, o, m, BT, OP) * LOG2E + b_base[:, None])
+        own = tl.maximum(own, NOTHING * LOG2E, propagate_nan=tl.PropagateNan.ALL)
+        return tl.where(m, own, 0.0).to(OP)
 
 
 @triton.jit
-def sums(chosen, x, acc, OP: tl.constexpr, EXACT: tl.constexpr, SPLIT: tl.constexpr):
-    """acc + chosen [BT, BT] @ x [BT, K]: of every token, a sum over others, by the tensor cores.
+def sums(x, chosen, acc, OP: tl.constexpr, EXACT: tl.constexpr, SPLIT: tl.constexpr):
+    """acc + x [BK, BT] @ chosen [BT, BT]: for every token, a sum over others, by the tensor cores.
 
-    `chosen` holds 0, 1 and halves, which are exact. In bf16, x is cut in two (SPLIT), or is of that type itself.
+    `chosen` holds 0 and 1. In bf16, x is cut in two (SPLIT), or is of that type itself.
     """
     if EXACT:
-        return tl.dot(chosen, x, acc, input_precision="ieee")
+        return tl.dot(x, chosen.to(tl.float32), acc, input_precision="ieee")
     elif x.dtype == OP:
-        return dot(chosen, x, acc, "tf32x3")
+        return dot(x, chosen.to(OP), acc, "tf32x3")
     else:
         high = x.to(OP)
-        acc = dot(chosen.to(OP), high, acc, "tf32")
+        acc = dot(high, chosen.to(OP), acc, "tf32")
         if SPLIT:
-            acc = dot(chosen.to(OP), (x - high.to(tl.float32)).to(OP), acc, "tf32")
+            acc = dot((x - high.to(tl.float32)).to(OP), chosen.to(OP), acc, "tf32")
         return acc
 
 
-@triton.jit
-def exp(x):
-    """e^x by one instruction; less than 2^-126 is 0, where tl.exp spends three more on it."""
-    if INTERPRETED:
-        return tl.exp(x)
-    else:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * LOG2E], dtype=tl.float32,
-                                         is_pure=True, pack=1)
-
-
 @triton.jit(do_not_specialize=["T", "L", "pieces", "documents"])
-def _walk(a, b, w, base, initial, borders, sums_, final, states, cu_seqlens, table, T, L, pieces, documents, H, K, V,
+def _walk(a, b, w, base, borders, sums_, cu_seqlens, table, T, L, pieces, documents, H, K, V,
           a_b, a_t, a_h, b_b, b_t, b_h, w_b, w_t, w_h,
           BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
-          EXACT: tl.constexpr, REVERSE: tl.constexpr, KEEP: tl.constexpr):
-    """States [V, K] at the borders of a segment's chunks, adding b_s^T (a_s e^...): k, v to the chunk's end.
+          EXACT: tl.constexpr, REVERSE: tl.constexpr):
+    """What a segment adds to a state, in `borders` [K, V], and its sum of log decays: k, v decayed to its end.
 
-    REVERSE: gradients, of r, dy from the chunk's start. KEEP: into `states` before every chunk (REVERSE: after it), and
-    the last one into `final` [K, V]; else from zero, and what was added goes to `borders`, the decay to `sums_`.
+    REVERSE: to a state's gradient, r, dy decayed from its start.
     """
     i_h = tl.program_id(0) % H
-    i_n, i_b, bos, length, i_s, slot, first_piece = place(
+    i_n, i_b, bos, length, i_s, _, first_piece = place(
         tl.program_id(0) // H, T, L, pieces, documents, cu_seqlens, table, BT)
     if i_n < 0:
         return
@@ -122,46 +130,35 @@ def _walk(a, b, w, base, initial, borders, sums_, final, states, cu_seqlens, tab
     o_v = tl.program_id(1) * BV + tl.arange(0, BV)
     m_k = o_k < K
     m_v = o_v < V
-    m_state = m_v[:, None] & m_k[None, :]
-    o_state = o_v[:, None] * K + o_k[None, :]
-    o_given = o_k[None, :] * V + o_v[:, None]
     a += i_b * a_b + bos * a_t + i_h * a_h
     b += i_b * b_b + bos * b_t + i_h * b_h
     w += i_b * w_b + bos * w_t + i_h * w_h
+    b_base = None
     if base is not None:
-        base += i_h * K
-    states += (slot * H + i_h) * K * V + o_state
-    p_border = borders + ((first_piece + i_s) * H + i_h) * K * V + o_state
-    inside = o_r[None, :] < o_r[:, None] if REVERSE else o_r[None, :] > o_r[:, None]
+        b_base = tl.load(base + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32) * LOG2E + LOG2LOG2E
+    LOGS2: tl.constexpr = base is not None
+    SPLIT: tl.constexpr = base is None and w.dtype.element_ty != OP
+    rest = o_r[:, None] < o_r[None, :] if REVERSE else o_r[:, None] > o_r[None, :]
 
-    b_state = tl.zeros([BV, BK], tl.float32)
-    if KEEP:
-        if pieces > 1:
-            b_state = tl.load(p_border, mask=m_state, other=0.0)
-        elif initial is not None:
-            b_state = tl.load(initial + (i_n * H + i_h) * K * V + o_given, mask=m_state, other=0.0).to(tl.float32)
-    decay = tl.zeros([BK], tl.float32)
-    chunks = tl.cdiv(last - first, BT)
+    b_state = tl.zeros([BK, BV], tl.float32)
+    b_sum = tl.zeros([BK], tl.float32)
+    chunks = tl.cdiv(last - first, BT).to(tl.int32)
     for n in range(0, chunks):
-        i_c = first // BT + (chunks - 1 - n if REVERSE else n)
-        o_t = i_c * BT + o_r
-        m_tk = (o_t < last)[:, None] & m_k[None, :]
-        b_a = rows(a, a_t, o_t, o_k, m_tk).to(tl.float32)
-        b_b_ = rows(b, b_t, o_t, o_v, (o_t < last)[:, None] & m_v[None, :]).to(OP)
-        own = log_decays(w, base, w_t, o_t, o_k, m_tk, m_k, OP)
-        if KEEP:
-            tl.store(states + i_c * H * K * V, b_state.to(OP), mask=m_state)
-        b_a *= exp(sums(tl.where(inside, 1.0, 0.0), own, tl.zeros([BT, BK], tl.float32), OP, EXACT,
-                           base is None and w.dtype.element_ty != OP))
-        total = tl.sum(own, 0)
-        b_state = dot(tl.trans(b_b_), b_a.to(OP), b_state * tl.exp(total)[None, :], PRECISION)
-        decay += total
-    if KEEP:
-        if first == 0 if REVERSE else last == length:
-            tl.store(final + (i_n * H + i_h) * K * V + o_given, b_state, mask=m_state)
-    else:
-        tl.store(p_border, b_state, mask=m_state)
-        tl.store(sums_ + ((first_piece + i_s) * H + i_h) * K + o_k, decay, mask=m_k & (tl.program_id(1) == 0))
+        o_c = first + (chunks - 1 - n if REVERSE else n) * BT
+        left = tl.minimum(last - o_c, BT).to(tl.int32)
+        m_tk = m_k[:, None] & (o_r < left)[None, :]
+        m_tv = (o_r < left)[:, None] & m_v[None, :]
+        b_a = columns(a + o_c * a_t, o_r[None, :] * a_t + o_k[:, None], m_tk, BT, OP)
+        b_b_ = tl.load(b + o_c * b_t + o_r[:, None] * b_t + o_v[None, :], mask=m_tv, other=0.0).to(OP)
+        own = log_decays(w + o_c * w_t, b_base, o_r[None, :] * w_t + o_k[:, None], m_tk, BT, OP)
+        b_a *= decay(sums(own, tl.where(rest, 1.0, 0.0), tl.zeros([BK, BT], tl.float32), OP, EXACT, SPLIT), LOGS2)
+        total = tl.sum(own.to(tl.float32), 1)
+        b_state = dot(b_a.to(OP), b_b_, b_state * decay(total, LOGS2)[:, None], PRECISION)
+        b_sum += total
+    i_slot = (first_piece + i_s) * H + i_h
+    tl.store(borders + i_slot * K * V + o_k[:, None] * V + o_v[None, :], b_state, mask=m_k[:, None] & m_v[None, :])
+    b_sum = b_sum if LOGS2 else b_sum * LOG2E
+    tl.store(sums_ + i_slot * K + o_k, b_sum, mask=m_k & (tl.program_id(1) == 0))
 
 
 @triton.jit(do_not_specialize=["L", "pieces", "documents"])
@@ -170,44 +167,37 @@ def _scan(borders, sums_, initial, cu_seqlens, L, pieces, documents, H, K, V,
     """Additions of a document's segments become, in their place, the states before them (REVERSE: after them)."""
     i_n = (tl.program_id(0) // H).to(tl.int64)
     i_h = tl.program_id(0) % H
-    count = pieces + i_n * 0
+    count = pieces
     first_piece = i_n * pieces
     if documents > 0:
         bos = tl.load(cu_seqlens + i_n).to(tl.int64)
-        count = tl.cdiv(tl.load(cu_seqlens + i_n + 1).to(tl.int64) - bos, L.to(tl.int64))
+        count = tl.cdiv(tl.load(cu_seqlens + i_n + 1).to(tl.int64) - bos, L.to(tl.int64)).to(tl.int32)
         first_piece = bos // L + i_n
-    o_k = tl.arange(0, BK)
-    o_v = tl.program_id(1) * BV + tl.arange(0, BV)
-    m = (o_v < V)[:, None] & (o_k < K)[None, :]
-    b_state = tl.zeros([BV, BK], tl.float32)
+    o_k = tl.program_id(1) * BK + tl.arange(0, BK)
+    o_v = tl.arange(0, BV)
+    m = (o_k < K)[:, None] & (o_v < V)[None, :]
+    o_state = o_k[:, None] * V + o_v[None, :]
+    b_state = tl.zeros([BK, BV], tl.float32)
     if initial is not None:
-        b_state = tl.load(initial + (i_n * H + i_h) * K * V + o_k[None, :] * V + o_v[:, None], mask=m, other=0.0)
-        b_state = b_state.to(tl.float32)
-    for n in range(0, count):
+        b_state = tl.load(initial + (i_n * H + i_h) * K * V + o_state, mask=m, other=0.0).to(tl.float32)
+    for n in tl.range(0, count, num_stages=4):
         slot = (first_piece + (count - 1 - n if REVERSE else n)) * H + i_h
-        p_border = borders + slot * K * V + o_v[:, None] * K + o_k[None, :]
-        added = tl.load(p_border, mask=m, other=0.0)
-        decay = tl.exp(tl.load(sums_ + slot * K + o_k, mask=o_k < K, other=0.0))
-        tl.store(p_border, b_state, mask=m)
-        b_state = b_state * decay[None, :] + added
+        b_added = tl.load(borders + slot * K * V + o_state, mask=m, other=0.0)
+        b_decay = exp2(tl.load(sums_ + slot * K + o_k, mask=o_k < K, other=0.0))
+        tl.store(borders + slot * K * V + o_state, b_state, mask=m)
+        b_state = b_state * b_decay[:, None] + b_added
 
 
 CONFIGS: dict[tuple[int, int], tuple[int, dict]] = {
-    # (class of K, bytes of an operand): tokens of a chunk; then of each kernel: most BK, most BV, warps, stages,
-    # registers a thread (None: as many as the compiler likes)
-    (64, 2): (32, {"walk": (32, 64, 4, 3, None), "outputs": (64, 64, 4, 1, 168), "gradients": (64, 64, 4, 1, None)}),
-    (128, 2): (32, {"walk": (32, 64, 4, 3, None), "outputs": (128, 64, 8, 1, None),
-                    "gradients": (128, 64, 8, 1, None)}),
-    (256, 2): (32, {"walk": (32, 64, 4, 3, None), "outputs": (256, 64, 8, 1, None),
-                    "gradients": (256, 32, 8, 1, None)}),
-    (64, 4): (16, {"walk": (32, 64, 4, 2, None), "outputs": (64, 64, 4, 1, None),
-                   "gradients": (64, 64, 4, 1, None)}),
-    (128, 4): (16, {"walk": (32, 64, 4, 2, None), "outputs": (128, 32, 4, 1, None),
-                    "gradients": (128, 32, 8, 1, None)}),
-    (256, 4): (16, {"walk": (32, 64, 4, 2, None), "outputs": (256, 16, 8, 1, None),
-                    "gradients": (256, 16, 8, 1, None)}),
+    # (class of K, bytes of an operand): tokens of a chunk; then of each kernel: most BK, most BV, warps, stages
+    (64, 2): (32, {"walk": (64, 64, 4, 3), "outputs": (64, 64, 4, 2), "gradients": (64, 64, 4, 2)}),
+    (128, 2): (32, {"walk": (64, 64, 4, 3), "outputs": (128, 64, 8, 2), "gradients": (128, 64, 8, 2)}),
+    (256, 2): (32, {"walk": (64, 64, 4, 3), "outputs": (256, 16, 8, 1), "gradients": (256, 16, 8, 1)}),
+    (64, 4): (16, {"walk": (64, 64, 4, 2), "outputs": (64, 32, 4, 2), "gradients": (64, 32, 4, 2)}),
+    (128, 4): (16, {"walk": (64, 64, 4, 2), "outputs": (128, 32, 8, 2), "gradients": (128, 32, 8, 2)}),
+    (256, 4): (16, {"walk": (64, 64, 4, 2), "outputs": (256, 16, 8, 2), "gradients": (256, 16, 8, 2)}),
 }
-PROGRAMS = 4  # of a walk, for each multiprocessor, where documents are cut
+PROGRAMS = 2  # for each multiprocessor, where documents are cut
 SEGMENT = 256  # tokens at least, where they are cut
 
 
@@ -220,23 +210,21 @@ def numbers(kernel: str, r: Tensor, v: Tensor, op: torch.dtype) -> dict:
     """The compile-time numbers and options of a launch."""
     K, V = r.shape[-1], v.shape[-1]
     BT, kernels = CONFIGS[max(64, power_of_two(K)), op.itemsize]
-    BK, BV, warps, stages, registers = kernels[kernel]
+    BK, BV, warps, stages = kernels[kernel]
     names = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-    found = {"BT": BT, "BK": max(16, min(BK, power_of_two(K))), "BV": max(16, min(BV, power_of_two(V))),
-             "OP": names[op], "num_warps": warps, "num_stages": stages}
-    return found if registers is None else found | {"maxnreg": registers}
+    return {"BT": BT, "BK": min(BK, max(64, power_of_two(K))), "BV": max(16, min(BV, power_of_two(V))),
+            "OP": names[op], "num_warps": warps, "num_stages": stages}
 
 
 def operands(*tensors: Tensor) -> tuple[torch.dtype, dict]:
     """What the products are computed in: bf16 if r, k, v are; else float32, whose range fp16's factors need, too.
 
-    fp16's eleven bits are tf32's. Only float32 inputs ask for exact sums, and for a narrow range of exponents.
+    fp16's eleven bits are tf32's. Only float32 inputs ask for exact sums.
     """
     dtypes = {x.dtype for x in tensors}
     op = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
     wide = torch.float32 if torch.float32 in dtypes else torch.float16
-    exact = op == torch.float32 and wide == torch.float32
-    return op, {"PRECISION": precision(wide), "EXACT": exact, "LIMIT": 16.0 if exact else 60.0}
+    return op, {"PRECISION": precision(wide), "EXACT": op == torch.float32 and wide == torch.float32}
 
 
 def chunk_slots(r: Tensor, op: torch.dtype, cu_seqlens: Tensor | None) -> int:
@@ -255,10 +243,10 @@ class Pieces:
         self.documents = 0 if cu_seqlens is None else len(cu_seqlens) - 1
         if cu_seqlens is None:
             self.cu_seqlens = self.table = torch.empty(2, dtype=torch.int32, device=r.device)  # never read
-            self.rows = self.slots = B * self.per_row
+            self.rows = B * self.per_row
         else:
             self.cu_seqlens, self.table = cu_seqlens.int(), document_chunks(cu_seqlens, T, length)
-            self.rows = self.slots = len(self.table)
+            self.rows = len(self.table)
         self.numbers = self.cu_seqlens, self.table, T, length, self.per_row, self.documents
 
 
@@ -270,24 +258,23 @@ def segments(r: Tensor, blocks: int, cu_seqlens: Tensor | None, BT: int) -> Piec
     return Pieces(r, cu_seqlens, max(1, -(-T // (BT * (pieces if pieces > 2 else 1)))) * BT)
 
 
-def walk(a: Tensor, b: Tensor, w: Tensor, base: Tensor | None, initial: Tensor | None, final: Tensor, slots: int,
-         cu_seqlens: Tensor | None, op: torch.dtype, how: dict, reverse: bool) -> Tensor:
-    """States before the chunks, or their gradients after them, [slots, H, V, K]; the last one into `final`."""
+def cut(a: Tensor, b: Tensor, w: Tensor, base: Tensor | None, initial: Tensor | None, ends: Tensor,
+        cu_seqlens: Tensor | None, op: torch.dtype, how: dict, blocks: int, reverse: bool) -> tuple[Pieces, Tensor]:
+    """Segments for programs that take `blocks` for each, and the states at their borders if there are any.
+
+    `ends` [N, H, K, V] stands in for them if there are none.
+    """
     H, K, V = *a.shape[2:], b.shape[-1]
     launch = numbers("walk", a, b, op)
-    launch |= {key: how[key] for key in ("PRECISION", "EXACT")} | {"REVERSE": reverse}
-    blocks = triton.cdiv(V, launch["BV"]), triton.cdiv(K, launch["BK"])
-    cut = segments(a, blocks[0] * blocks[1], cu_seqlens, launch["BT"])
-    rest = *cut.numbers, H, K, V, *a.stride()[:3], *b.stride()[:3], *w.stride()[:3]
-    new = torch.empty if cu_seqlens is None else torch.zeros  # some slots may stay unused, an output has no garbage
-    states = new(slots, H, V, K, dtype=op, device=a.device)
-    borders, decay = final, final
-    if cut.per_row > 1:
-        borders, decay = (torch.empty(cut.slots, H, *size, dtype=torch.float32, device=a.device) for size in
-                          ((V, K), (K,)))
-        _walk[cut.rows * H, *blocks](a, b, w, base, None, borders, decay, final, states, *rest, **launch, KEEP=False)
-        _scan[len(final) * H, triton.cdiv(V, 16)](
-            borders, decay, initial, cut.cu_seqlens, *cut.numbers[3:], H, K, V, BK=max(16, power_of_two(K)), BV=16,
-            REVERSE=reverse)
-    _walk[cut.rows * H, *blocks](a, b, w, base, initial, borders, decay, final, states, *rest, **launch, KEEP=True)
-    return states
+    launch["BT"] *= 2  # a walk has no pairs
+    pieces = segments(a, blocks, cu_seqlens, launch["BT"])
+    if pieces.per_row <= 1:
+        return pieces, ends
+    borders, sums_ = (torch.empty(pieces.rows, H, *size, dtype=torch.float32, device=a.device)
+                      for size in ((K, V), (K,)))
+    _walk[pieces.rows * H, cdiv(V, launch["BV"]), cdiv(K, launch["BK"])](
+        a, b, w, base, borders, sums_, *pieces.numbers, H, K, V, *a.stride()[:3], *b.stride()[:3], *w.stride()[:3],
+        **launch, **how, REVERSE=reverse)
+    _scan[len(ends) * H, cdiv(K, 8)](borders, sums_, initial, pieces.cu_seqlens, *pieces.numbers[3:], H, K, V, BK=8,
+                                     BV=max(16, power_of_two(V)), REVERSE=reverse, num_warps=2)
+    return pieces, borders

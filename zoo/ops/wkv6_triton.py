@@ -70,7 +70,7 @@ def _(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, state: Tens
     slots = wkv6.chunk_slots(r, op, cu_seqlens) if keep else 0
     size = wkv6.chunk_size(r, op)
     return (r.new_empty(*r.shape[:3], V), r.new_empty(documents, H, K, V, dtype=torch.float32),
-            r.new_empty(slots, H, V, K, dtype=op), r.new_empty(slots, H, size, size, dtype=op))
+            r.new_empty(slots, H, K, V, dtype=op), r.new_empty(slots, H, size, size, dtype=op))
 
 
 @torch.library.custom_op("zoo::wkv6_backward", mutates_args=())
