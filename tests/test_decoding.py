@@ -76,6 +76,26 @@ def test_a_narrow_copy_has_narrow_matrices_alone(case: Case) -> None:
     assert all(value.dtype == torch.float32 for name, value in state.items() if name.endswith(("sums", "wkv", "den")))
 
 
+def test_a_small_models_step_is_one_threads_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no more than the step is: the caller finds the threads there were."""
+    model, threads = tiny(Case("rwkv", ())), []
+    read = LanguageModel.extend
+    monkeypatch.setattr(LanguageModel, "extend", lambda *given: threads.append(torch.get_num_threads()) or read(*given))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            for alone in (True, False):
+                steps = Steps(model, torch.zeros(1, 64), model.init_state(1), GREEDY)
+                steps.alone = steps.alone and alone
+                for _ in range(2):
+                    steps.next(torch.zeros(1))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [1, 2]
+
+
 def test_room_is_made_once() -> None:
     """As much as is asked for, and none past a model's limit."""
     model = tiny(Case("transformer", ()))

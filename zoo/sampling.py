@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from zoo.decoding import Recorded
 
 PREFILL = 1024  # prompt tokens read at a time, so that a long prompt's logits are never in memory together
+ALONE = 2**26  # bytes of weights times rows, up to which a CPU's step is one thread's work
 DRAWN_AHEAD = 256  # random numbers of a row that go to the device together
 
 
@@ -169,6 +171,24 @@ def prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], max_len: int
     return torch.cat(last)[back], select_rows(merged, back)
 
 
+@contextlib.contextmanager
+def one_thread(wanted: bool) -> Iterator[None]:
+    """Within the block PyTorch's operators run on this thread alone, if so wanted.
+
+    A small model's step is hundreds of operators of microseconds, and each waits for the slowest thread: where others
+    want the cores, too, two threads took a hundred times as long as one.
+    """
+    before = torch.get_num_threads()
+    if not wanted or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Steps:
     """The step from one token of every row to the next: draw by the logits, then read what was drawn.
 
@@ -180,11 +200,14 @@ class Steps:
         """logits [B, V] and state behind the prompts; seen [B, V] bool: the tokens in them, for a penalty."""
         self.model, self.logits, self.state, self.sampling, self.seen = model, logits, state, sampling, seen
         self.ids: Tensor | None = None
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        self.alone = logits.device.type == "cpu" and weights * len(logits) <= ALONE
 
     def next(self, draws: Tensor) -> Tensor:
         """draws [B] in [0, 1) -> the next token id of every row [B], all on the model's device."""
         if self.ids is not None:
-            logits, self.state = self.model.extend(self.ids.unsqueeze(1), self.state)
+            with one_thread(self.alone):
+                logits, self.state = self.model.extend(self.ids.unsqueeze(1), self.state)
             self.logits = logits[:, -1]
         self.ids = sample(self.logits, draws, self.sampling, self.seen)
         if self.seen is not None:
