@@ -11,8 +11,8 @@ is of is ever in memory. Backward, with dm_z = dy_z (x' - x) and dpre = dlow (1 
     ddown = G_0 + base (G_1 - G_0),    dbase = sum_c down (G_1 - G_0),    (G_0, G_1) = x^T (dpre_t, dpre_t+1)
 
 `inputs_kernel` has the sums over z, and writes x' - x; `up_kernel` has the first line, of segments of tokens, from that
-and dy; beside low_z it has a 1, which makes dmix a row of dup. `pre_kernel` writes (dpre_t, dpre_t+1), 0 where another
-row or document begins; the rest is two products of cuBLAS with it.
+and dy; beside low_z it has a 1, which makes dmix a row of dup. It writes (dpre_t, dpre_t+1), 0 where another row or
+document begins, or where channels are several blocks `pre_kernel` does; the rest is two products of cuBLAS with it.
 
 Memory is far: `inputs_kernel` asks for all it will read before it computes with any of it.
 """
@@ -169,13 +169,15 @@ def inputs_kernel(p_x, p_mix, p_low, p_up, p_first, dy0, dy1, dy2, dy3, dy4, p_d
     tl.store(p_dx + o_y, b_dx.to(OP), mask=m_own)
 
 
-@triton.jit(do_not_specialize=["N", "length"])
-def up_kernel(p_delta, dy0, dy1, dy2, dy3, dy4, p_low, p_up, p_dlow, p_dup, N, D, R, length, BT: tl.constexpr,
-              BD: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr, PRECISION: tl.constexpr):
-    """Of a segment, one z and one block of channels: the block's part of dlow [blocks, N, 5 R], the segment's of dup
-    with dmix in row R [segments, 5, R + 1, D]."""
+@triton.jit(do_not_specialize=["N", "T", "documents", "length"])
+def up_kernel(p_delta, dy0, dy1, dy2, dy3, dy4, p_low, p_up, p_first, p_dlow, p_dup, N, T, D, R, documents, length,
+              WHOLE: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr,
+              PRECISION: tl.constexpr):
+    """Of a segment, one z and one block of channels: the segment's part of dup with dmix in row R [segments, 5, R + 1,
+    D]; the block's part of dlow [blocks, N, 5 R], or if all channels are one block, (dpre_t, dpre_t+1) [N, 10 R]."""
     i_z, i_d, i_s = tl.program_id(0) % Z, tl.program_id(0) // Z, tl.program_id(1)
     o_d, o_r, o_w = i_d * BD + tl.arange(0, BD), tl.arange(0, BR), tl.arange(0, BW)
+    OP: tl.constexpr = p_low.dtype.element_ty
     p_dy = dy0
     if i_z == 1:
         p_dy = dy1
@@ -185,20 +187,30 @@ def up_kernel(p_delta, dy0, dy1, dy2, dy3, dy4, p_low, p_up, p_dlow, p_dup, N, D
         p_dy = dy3
     elif i_z == 4:
         p_dy = dy4
+    p_low += i_z * R
     p_dlow += i_d * N.to(tl.int64) * (R * Z) + i_z * R
     b_up = matrix(p_up + i_z * R * D, o_r, o_d, R, D)
     b_dup = tl.zeros([BW, BD], tl.float32)
     for i in range(i_s * length, tl.minimum((i_s + 1) * length, N), BT):
         o_n = i + tl.arange(0, BT)
+        n = o_n.to(tl.int64)[:, None]
+        m_r = (o_n < N)[:, None] & (o_r < R)[None, :]
         b_dy, b_delta = matrix(p_dy, o_n, o_d, N, D), matrix(p_delta, o_n, o_d, N, D)
-        b_dm = (b_dy.to(tl.float32) * b_delta.to(tl.float32)).to(b_dy.dtype)
-        b_low = tl.load(p_low + o_n.to(tl.int64)[None, :] * (R * Z) + i_z * R + o_w[:, None],
-                        mask=(o_n < N)[None, :] & (o_w < R)[:, None], other=0.0)
-        b_low = tl.where((o_w == R)[:, None], 1.0, b_low.to(tl.float32)).to(b_low.dtype)
-        b_dup = dot(b_low, b_dm, b_dup, PRECISION)
-        b_dlow = dot(b_up, tl.trans(b_dm), tl.zeros([BR, BT], tl.float32), PRECISION)
-        tl.store(p_dlow + o_n.to(tl.int64)[None, :] * (R * Z) + o_r[:, None], b_dlow.to(p_dlow.dtype.element_ty),
-                 mask=(o_n < N)[None, :] & (o_r < R)[:, None])
+        b_dm = (b_dy.to(tl.float32) * b_delta.to(tl.float32)).to(OP)
+        b_low = tl.load(p_low + n * (R * Z) + o_w[None, :], mask=(o_n < N)[:, None] & (o_w < R)[None, :], other=0.0)
+        b_low = tl.where((o_w == R)[None, :], 1.0, b_low.to(tl.float32)).to(OP)
+        b_dup = dot(tl.trans(b_low), b_dm, b_dup, PRECISION)
+        b_dlow = tl.trans(dot(b_up, tl.trans(b_dm), tl.zeros([BR, BT], tl.float32), PRECISION))
+        if WHOLE:
+            b_low = tl.load(p_low + n * (R * Z) + o_r[None, :], mask=m_r, other=0.0).to(tl.float32)
+            b_dpre = b_dlow * (1.0 - b_low * b_low)
+            begin = begins(p_first, o_n, N, T, documents)
+            to = p_dlow + n * (2 * R * Z) + o_r[None, :]
+            tl.store(to, b_dpre.to(OP), mask=m_r)
+            tl.store(to - R * Z, tl.where(begin[:, None], 0.0, b_dpre).to(OP), mask=m_r & (o_n > 0)[:, None])
+            tl.store(to + R * Z, tl.zeros([BT, BR], OP), mask=m_r & (o_n + 1 == N)[:, None])
+        else:
+            tl.store(p_dlow + n * (R * Z) + o_r[None, :], b_dlow, mask=m_r)
     to = p_dup + ((i_s * Z + i_z) * (R + 1) + o_w[:, None]).to(tl.int64) * D + o_d[None, :]
     tl.store(to, b_dup, mask=(o_w <= R)[:, None] & (o_d < D)[None, :])
 
@@ -295,10 +307,12 @@ def backward(dy: list[Tensor], x: Tensor, base: Tensor, down: Tensor, mix: Tenso
         blocks = cdiv(D, launch["BD"])
         length = segment(x, N, 5 * blocks)
         dup = torch.empty(cdiv(N, length), 5, R + 1, D, dtype=torch.float32, device=x.device)
-        dlow = torch.empty(blocks, N, 5 * R, dtype=x.dtype if blocks == 1 else torch.float32, device=x.device)
-        up_kernel[5 * blocks, len(dup)](delta, *dy, low, up_there, dlow, dup, N, D, R, length, **launch)
-        pre_kernel[(2 * cdiv(N, 32),)](low, dlow, first, dpre, N, T, 5 * R, documents, blocks, BT=32,
-                                        BC=max(16, power_of_two(5 * R)))
+        dlow = dpre if blocks == 1 else torch.empty(blocks, N, 5 * R, dtype=torch.float32, device=x.device)
+        up_kernel[5 * blocks, len(dup)](delta, *dy, low, up_there, first, dlow, dup, N, T, D, R, documents, length,
+                                        WHOLE=blocks == 1, **launch)
+        if blocks > 1:
+            pre_kernel[(2 * cdiv(N, 32),)](low, dlow, first, dpre, N, T, 5 * R, documents, blocks, BT=32,
+                                           BC=max(16, power_of_two(5 * R)))
         flat = dx.view(N, D)
         torch.addmm(flat, dpre, both(base, down, x.dtype), out=flat)
         here, before = summed(x.view(N, D), dpre).chunk(2, 1)
