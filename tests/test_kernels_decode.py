@@ -67,6 +67,7 @@ def builds() -> None:
             wide, out = torch.empty(3 * D, D, dtype=kind), torch.empty(D, D, dtype=kind)
             inner, outer = torch.empty(2 * F, D, dtype=kind), torch.empty(D, F, dtype=kind)
             qkv, position = torch.empty(B, 1, 3 * D), torch.zeros(B, dtype=torch.int64)
+            decode.embed(torch.zeros(B, 1, dtype=torch.int64), torch.empty(256, D), norm, position)
             decode.norm_linear(x, x, norm, wide)
             decode.norm_linear(x, x, norm, inner, glu=True)
             decode.linear(torch.empty(B, 1, F), outer)

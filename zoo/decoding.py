@@ -106,7 +106,7 @@ class Recorded:
         moved = [(held, new[name]) for name, held in self.static.items() if new[name] is not held]
         if moved:
             torch._foreach_copy_([held for held, _ in moved], [value for _, value in moved])
-        self.logits.copy_(logits[:, -1])
+        self.logits = logits[:, -1]
         self._choose()
 
     def _choose(self) -> None:

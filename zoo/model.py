@@ -229,8 +229,13 @@ class LanguageModel(nn.Module):
 
     def _read(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         parts = self._parts(state)
-        x, y = self.embedding_norm(self.embedding(tokens)), None
-        new: State = {"position": state["position"] + tokens.shape[1]}
+        y: Tensor | None = None
+        if decode.takes_ids(tokens, self.embedding.weight):
+            x = decode.embed(tokens, self.embedding.weight, self.embedding_norm, state["position"])
+            new: State = {"position": state["position"]}
+        else:
+            x = self.embedding_norm(self.embedding(tokens))
+            new = {"position": state["position"] + tokens.shape[1]}
         for i, block in enumerate(self.blocks):
             for slot, norm, mixer in block.slots():
                 name = f"blocks.{i}.{slot}"

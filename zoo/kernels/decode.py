@@ -63,6 +63,20 @@ def tanh(x):
 
 
 @triton.jit
+def embed_kernel(p_ids, p_table, p_gain, p_bias, p_position, p_out, eps, D: tl.constexpr, BD: tl.constexpr,
+                 EARLY: tl.constexpr):
+    """The norm of a token's embedding; its row's position advances by one."""
+    i_b, o_d = tl.program_id(0), tl.arange(0, BD)
+    m = o_d < D
+    ready(EARLY)
+    b_x = tl.load(p_table + tl.load(p_ids + i_b) * D + o_d, mask=m, other=0.0).to(tl.float32)
+    b_x = tl.where(m, b_x - tl.sum(b_x, 0) / D, 0.0)
+    b_x = b_x * tl.rsqrt(tl.sum(b_x * b_x, 0) / D + eps) * tl.load(p_gain + o_d, mask=m, other=0.0).to(tl.float32)
+    tl.store(p_out + i_b * D + o_d, b_x + tl.load(p_bias + o_d, mask=m, other=0.0).to(tl.float32), mask=m)
+    tl.store(p_position + i_b, tl.load(p_position + i_b) + 1)
+
+
+@triton.jit
 def summed_norm(p_x, p_y, p_gain, p_bias, p_sum, o_b, B, eps, first, D: tl.constexpr, BD: tl.constexpr,
                 ADDS: tl.constexpr):
     """norm(x + y) of rows [BM, BD]; the sum is written where `first`."""
@@ -182,6 +196,16 @@ def tiles(B: int, N: int, width: int, dtype: torch.dtype) -> tuple[bool, int, in
     if B > 1 and dtype != torch.float32:
         return True, ROWS, 32
     return False, 1, max(1, min(1 << (cdiv(N, PROGRAMS).bit_length() - 1), TILE // width))
+
+
+def embed(ids: Tensor, table: Tensor, gain: Tensor, bias: Tensor, eps: float, position: Tensor) -> Tensor:
+    """ids [B] int64, table [V, D] -> the norm of their rows [B, D] float32; position [B] int64 advances by one."""
+    B, D = len(ids), table.shape[1]
+    out = gain.new_empty(B, D, dtype=torch.float32)
+    with torch.cuda.device_of(ids):
+        embed_kernel[(B,)](ids, table, gain, bias, position, out, eps, D=D, BD=power_of_two(D), num_warps=4,
+                           **early(ids))
+    return out
 
 
 def norm_linear(x: Tensor, y: Tensor | None, gain: Tensor, bias: Tensor, eps: float, weight: Tensor,

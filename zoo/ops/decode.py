@@ -28,6 +28,19 @@ def takes(x: Tensor, *weights: Tensor) -> bool:
             and KERNEL.chosen(x, x.shape[-1]))
 
 
+def takes_ids(ids: Tensor, table: Tensor) -> bool:
+    """Whether ids [B, t] are of one token a row that `embed` takes with this embedding [V, D]."""
+    return (ids.shape[1] == 1 and len(ids) > 0 and table.dtype == torch.float32 and not torch.is_grad_enabled()
+            and KERNEL.chosen(table, table.shape[1]))
+
+
+def embed(ids: Tensor, table: Tensor, norm: nn.LayerNorm, position: Tensor) -> Tensor:
+    """ids [B, 1] -> the norm of their embeddings [B, 1, D]; position [B] advances by one, in its place."""
+    from zoo.kernels.decode import embed as kernel
+
+    return kernel(flat(ids), table, norm.weight, norm.bias, norm.eps, position).unsqueeze(1)
+
+
 def norm_linear(x: Tensor, y: Tensor | None, norm: nn.LayerNorm, weight: Tensor,
                 glu: bool = False) -> tuple[Tensor, Tensor]:
     """x, y [B, 1, D] (y None: nothing to add), W [N, D] -> x + y, W norm(x + y) [B, 1, N].
@@ -67,6 +80,7 @@ def worst(ours: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype)
 
 def _self_test(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> float:
     """Weights of every dtype: x is float32 always. One row, and a tile of rows."""
+    from zoo.kernels.decode import embed as embed_kernel
     from zoo.kernels.decode import linear as linear_kernel
     from zoo.kernels.decode import norm_linear as norm_kernel
 
@@ -79,14 +93,18 @@ def _self_test(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...])
             gain, bias = (torch.randn(D, generator=generator).to(device) for _ in range(2))
             inner = torch.randn(2 * N, D, generator=generator).to(device, kind) / D**0.5
             outer = torch.randn(D, N, generator=generator).to(device, kind) / N**0.5
+            ids, position = torch.arange(B, device=device), torch.arange(B, device=device)
             with torch.no_grad():
+                e = embed_kernel(ids, x, gain, bias, 1e-5, position)
                 s, h = norm_kernel(x, y, gain, bias, 1e-5, inner, True)
                 out = linear_kernel(h, outer)
             gate, up = (F.layer_norm(x.double() + y.double(), (D,), gain.double(), bias.double())
                         @ inner.double().T).chunk(2, dim=-1)
             middle = F.silu(gate) * up
-            exact = {"s": x.double() + y.double(), "h": middle, "out": middle @ outer.double().T}
-            found = max(found, worst({"s": s, "h": h, "out": out}, exact, kind))
+            exact = {"e": F.layer_norm(x.double(), (D,), gain.double(), bias.double()),
+                     "position": ids + 1, "s": x.double() + y.double(), "h": middle,
+                     "out": middle @ outer.double().T}
+            found = max(found, worst({"e": e, "position": position, "s": s, "h": h, "out": out}, exact, kind))
     return found
 
 
