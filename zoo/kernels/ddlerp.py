@@ -235,6 +235,38 @@ def pre_kernel(p_low, p_dlow, p_first, p_dpre, N, T, C, documents, blocks, BT: t
              mask=(o_t < N)[:, None] & (o_c < C)[None, :])
 
 
+@triton.jit(do_not_specialize=["segments"])
+def sum_kernel(p_parts, p_dup, p_dmix, D, R, segments, BS: tl.constexpr, BD: tl.constexpr):
+    """A row of dup [5, R, D] or of dmix [5, D] from its parts [segments, 5, R + 1, D]."""
+    i_z, i_r = tl.program_id(0) // (R + 1), tl.program_id(0) % (R + 1)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    m_d = o_d < D
+    p_parts += tl.program_id(0) * D + o_d[None, :]
+    b_sum = tl.zeros([BD], tl.float32)
+    for i in range(0, segments, BS):
+        o_s = (i + tl.arange(0, BS))[:, None]
+        part = tl.load(p_parts + o_s.to(tl.int64) * ((R + 1) * Z * D), mask=(o_s < segments) & m_d[None, :], other=0.0)
+        b_sum += tl.sum(part, 0)
+    if i_r == R:
+        tl.store(p_dmix + i_z * D + o_d, b_sum.to(p_dmix.dtype.element_ty), mask=m_d)
+    else:
+        tl.store(p_dup + (i_z * R + i_r) * D + o_d, b_sum.to(p_dup.dtype.element_ty), mask=m_d)
+
+
+@triton.jit
+def down_kernel(p_g, p_base, p_down, p_dbase, p_ddown, D, C, BD: tl.constexpr, BC: tl.constexpr):
+    """dbase [D] and ddown [D, C] of a block of channels from (G_0, G_1) [D, 2 C]."""
+    o_d, o_c = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BC)
+    b_here, b_change = matrix(p_g, o_d, o_c, D, 2 * C), matrix(p_g + C, o_d, o_c, D, 2 * C)
+    m = (o_d < D)[:, None] & (o_c < C)[None, :]
+    b_change = tl.where(m, b_change - b_here, 0.0)
+    b_base = tl.load(p_base + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_dbase = tl.sum(b_change * matrix(p_down, o_d, o_c, D, C).to(tl.float32), 1)
+    tl.store(p_dbase + o_d, b_dbase.to(p_dbase.dtype.element_ty), mask=o_d < D)
+    to = p_ddown + o_d[:, None] * C + o_c[None, :]
+    tl.store(to, (b_here + b_base[:, None] * b_change).to(p_ddown.dtype.element_ty), mask=m)
+
+
 TILES = {"low": (128, 64, 8, 3), "forward": (64, 64, 8, 1), "inputs": (32, 128, 8, 1), "up": (64, 256, 8, 3)}
 """Of each kernel: tokens, most channels of a program's tile, warps, stages. A multiprocessor has room for one `up`."""
 LEAST = 256  # tokens whose part of dup one program adds up
@@ -292,12 +324,13 @@ def backward(dy: list[Tensor], x: Tensor, base: Tensor, down: Tensor, mix: Tenso
              cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> dx, dbase, ddown, dmix, dup."""
     (B, T, D), R = x.shape, up.shape[1]
-    if not x.numel():
-        dbase, ddown, dmix, dup = (torch.zeros_like(each) for each in (base, down, mix, up))
-        return torch.empty_like(x), dbase, ddown, dmix, dup
+    new = torch.empty_like if x.numel() else torch.zeros_like
+    dx, dbase, ddown, dmix, dup = (new(each) for each in (x, base, down, mix, up))
     N = B * T
+    if not N:
+        return dx, dbase, ddown, dmix, dup
     first, documents = firsts(x, cu_seqlens)
-    dx, delta, dpre = torch.empty_like(x), torch.empty_like(x), x.new_empty(N, 10 * R)
+    delta, dpre = torch.empty_like(x), x.new_empty(N, 10 * R)
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         up_there = up.to(x.dtype)
         launch = tile("inputs", x, R)
@@ -306,20 +339,19 @@ def backward(dy: list[Tensor], x: Tensor, base: Tensor, down: Tensor, mix: Tenso
         launch = tile("up", x, R)
         blocks = cdiv(D, launch["BD"])
         length = segment(x, N, 5 * blocks)
-        dup = torch.empty(cdiv(N, length), 5, R + 1, D, dtype=torch.float32, device=x.device)
+        sums = torch.empty(cdiv(N, length), 5, R + 1, D, dtype=torch.float32, device=x.device)
         dlow = dpre if blocks == 1 else torch.empty(blocks, N, 5 * R, dtype=torch.float32, device=x.device)
-        up_kernel[5 * blocks, len(dup)](delta, *dy, low, up_there, first, dlow, dup, N, T, D, R, documents, length,
-                                        WHOLE=blocks == 1, **launch)
+        up_kernel[5 * blocks, len(sums)](delta, *dy, low, up_there, first, dlow, sums, N, T, D, R, documents, length,
+                                          WHOLE=blocks == 1, **launch)
         if blocks > 1:
             pre_kernel[(2 * cdiv(N, 32),)](low, dlow, first, dpre, N, T, 5 * R, documents, blocks, BT=32,
                                            BC=max(16, power_of_two(5 * R)))
         flat = dx.view(N, D)
         torch.addmm(flat, dpre, both(base, down, x.dtype), out=flat)
-        here, before = summed(x.view(N, D), dpre).chunk(2, 1)
-    change, dup = before - here, dup.sum(0)
-    ddown = torch.addcmul(here, change, base.float().unsqueeze(1))
-    return (dx, (change.double() * down).sum(1).to(base.dtype), ddown.to(down.dtype),
-            dup[:, R].to(mix.dtype).contiguous(), dup[:, :R].to(up.dtype).contiguous())
+        sum_kernel[5 * (R + 1), cdiv(D, 256)](sums, dup, dmix, D, R, len(sums), BS=32, BD=256, num_warps=8)
+        down_kernel[(cdiv(D, 8),)](summed(x.view(N, D), dpre), base, down, dbase, ddown, D, 5 * R, BD=8,
+                                   BC=power_of_two(5 * R))
+    return dx, dbase, ddown, dmix, dup
 
 
 def summed(x: Tensor, y: Tensor) -> Tensor:
