@@ -142,13 +142,15 @@ def test_narrow_replays_are_close(model: str, rows: int) -> None:
     assert (steps.logits - exact).norm() / exact.norm() < 0.03
 
 
-@pytest.mark.gpu
-def test_rows_that_end_are_left_out() -> None:
-    """Of many rows some stop early, most later: the others get what they get alone, with draws of their own."""
-    model = tiny(Case("transformer", ()), scramble=True).cuda()
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("ahead", [0, 1, 5])
+def test_rows_that_end_are_left_out(device: str, ahead: int) -> None:
+    """Of many rows some stop early, most later, with steps under way: the others' tokens are what they are without."""
+    model = tiny(Case("transformer", ()), scramble=True).to(device)
     prompts = [[row] for row in range(9)]
     how = Sampling(temperature=1.0, repetition_penalty=1.2)
     rows = Continuation(model, prompts, max_tokens=40, sampling=how)
+    rows.ahead = ahead
     texts: list[list[int]] = [[] for _ in prompts]
     while drawn := rows.step():
         for row, token in drawn:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PREFILL = 1024  # prompt tokens read at a time, so that a long prompt's logits are never in memory together
 ALONE = 2**26  # bytes of weights times rows, up to which a CPU's step is one thread's work
+AHEAD = 8  # steps that a GPU is given before the tokens of the first are read
 DRAWN_AHEAD = 256  # random numbers of a row that go to the device together
 
 
@@ -263,12 +264,29 @@ class Continuation:
         else:
             self.steps = Steps(model, logits, behind, sampling, seen)
         self.draws, self.used = torch.empty(len(prompts), 0), 0
+        self.ahead = AHEAD if self.device.type == "cuda" else 0
+        self.handed, self.coming = 0, deque[tuple[list[int], Callable[[], list[int]]]]()
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
-        """Draw a token for each row that is alive -> (row, token id) in order of rows; nothing where no row is."""
+        """The next token of each row that is alive -> (row, token id) in order of rows; nothing where no row is.
+
+        On a GPU the next few steps are under way when this one's tokens are handed out, so that nobody waits for who
+        reads them; of a row that ends, what they drew is dropped.
+        """
         if not self.alive:
             return []
+        while self.left and len(self.coming) <= min(self.ahead, self.handed):  # the first token soonest
+            self.coming.append(self._launch())
+        rows, ids = self.coming.popleft()
+        self.handed += 1
+        going = set(self.alive)
+        if not (self.left or self.coming):
+            self.alive = []
+        return [(row, token) for row, token in zip(rows, ids(), strict=True) if row in going]
+
+    def _launch(self) -> tuple[list[int], Callable[[], list[int]]]:
+        """Draw a token for each row that is alive -> the rows, and a call that waits for their tokens."""
         if len(self.alive) < len(self.rows):
             going = set(self.alive)
             kept = torch.tensor([i for i, row in enumerate(self.rows) if row in going], device=self.device)
@@ -277,16 +295,30 @@ class Continuation:
         if self.used == self.draws.shape[1]:
             generators = [self.generators[row] for row in self.rows]
             self.draws, self.used = draw(generators, min(DRAWN_AHEAD, self.left)).to(self.device), 0
-        ids = self.steps.next(self.draws[:, self.used]).tolist()
+        ids = self.steps.next(self.draws[:, self.used])
         self.used += 1
         self.left -= 1
-        if not self.left:
-            self.alive = []
-        return list(zip(self.rows, ids, strict=True))
+        return list(self.rows), _on_its_way(ids)
 
     def end(self, row: int) -> None:
         """The row goes no further."""
         self.alive = [other for other in self.alive if other != row]
+
+
+def _on_its_way(ids: Tensor) -> Callable[[], list[int]]:
+    """Token ids on their way to the host: the call waits for them alone, not for what was launched after them."""
+    if not ids.is_cuda:
+        return ids.tolist
+    here = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+    here.copy_(ids, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> list[int]:
+        arrived.synchronize()
+        return here.tolist()
+
+    return wait
 
 
 def stream(model: LanguageModel, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: Sampling | None = None,
