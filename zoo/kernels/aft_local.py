@@ -121,9 +121,13 @@ def seen_by(p_ab, p_plane, level, plane, d, there, Cp, BT: tl.constexpr):
 
 
 @triton.jit
-def keys_of(k, v, planes, i_n, i_c, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, d_t, BT: tl.constexpr,
-            BC: tl.constexpr, EXACT: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """exp2(x - l_j) of block i_t of row or document i_n, as such and with v; where gradients go; the row's length."""
+def keys_of(k, v, planes, seen, plane, i_n, i_c, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, d_t,
+            BT: tl.constexpr, BC: tl.constexpr, EXACT: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """exp2(x - l_j) of block i_t of row or document i_n, as such and with v; where gradients go; the row's length.
+
+    EXACT: with v less the row's last mean. Where one key outweighs all others, its v (sum of a) + (sum of b), which
+    should vanish, is the difference of two long sums; of v and means less that one, both are small.
+    """
     i_b, start, length, chunk = document(cu_seqlens, i_n.to(tl.int64), T, P, BT, DOCUMENTS)
     o_c = i_c * BC + tl.arange(0, BC)
     row = (i_t * BT + tl.arange(0, BT))[:, None].to(tl.int64)
@@ -131,6 +135,8 @@ def keys_of(k, v, planes, i_n, i_c, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b,
     b_k = tl.load(k + i_b * k_b + (start + row) * k_t + o_c[None, :], mask=mask, other=float("-inf")).to(tl.float32)
     b_v = tl.load(v + i_b * v_b + (start + row) * v_t + o_c[None, :], mask=mask, other=0).to(tl.float32)
     level = tl.load(planes + (chunk + i_t) * Cp + o_c, mask=i_t * BT < length, other=0)
+    if EXACT:
+        b_v -= tl.load(seen + 2 * plane + (chunk + i_t) * Cp + o_c, mask=i_t * BT < length, other=0)[None, :]
     p = power(b_k, level, EXACT)
     return p, p * b_v, level, o_c, (i_b * T + start + row) * d_t + o_c[None, :], mask, chunk + i_t, length
 
@@ -156,16 +162,17 @@ def band_kernel(q, k, v, dy, y, inv, ab, seen, dk, dv, table, planes, flags, sum
     w_next = tl.zeros([BT, BT], tl.float32)
     unit, row_step, channel_step = share + (count - 1) * shares, shares // n, shares % n
     i_n, i_c = unit // n, unit % n  # the last first: what was made a moment ago, the L2 cache still has
-    dirty = flagged(flags, cu_seqlens, share, shares, count, i_t, NB + 1, T, P, n, BT, DOCUMENTS)
-    if dirty:
-        for _ in tl.range(0, count, num_stages=1):
+    rise = tl.zeros([BC], tl.float32)  # the largest factor between a block and its own rows
+    if flagged(flags, cu_seqlens, share, shares, count, i_t, NB + 1, T, P, n, BT, DOCUMENTS):
+        for _ in tl.range(0, count, num_stages=STAGES):
             p, p_v, level, o_c, at, mask, chunk, length = keys_of(
-                k, v, planes, i_n, i_c, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, d_t, BT, BC, EXACT,
-                DOCUMENTS)
+                k, v, planes, seen, plane, i_n, i_c, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, d_t, BT, BC,
+                EXACT, DOCUMENTS)
             i_n, i_c = before(i_n, i_c, row_step, channel_step, n)
             p_plane = planes + chunk * Cp + o_c
             p_ab = ab + (chunk * BT + o_r[:, None]) * Cp + o_c[None, :]
             b_a, b_b, f = seen_by(p_ab, p_plane, level, plane, 0, i_t * BT < length, Cp, BT)
+            rise = tl.maximum(rise, f)
             f = tl.where(f > 1, 0.0, f)[None, :]  # steep: row by row, below
             zero = tl.zeros([BT, BC], tl.float32)
             b_dv = dot(b_own, b_a, zero, PRECISION) * f
@@ -192,8 +199,8 @@ def band_kernel(q, k, v, dy, y, inv, ab, seen, dk, dv, table, planes, flags, sum
     else:  # the same where all factors are 1
         for _ in tl.range(0, count, num_stages=STAGES):
             p, p_v, level, o_c, at, mask, chunk, length = keys_of(
-                k, v, planes, i_n, i_c, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, d_t, BT, BC, EXACT,
-                DOCUMENTS)
+                k, v, planes, seen, plane, i_n, i_c, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, d_t, BT, BC,
+                EXACT, DOCUMENTS)
             i_n, i_c = before(i_n, i_c, row_step, channel_step, n)
             p_ab = ab + (chunk * BT + o_r[:, None]) * Cp + o_c[None, :]
             there, after, beyond = i_t * BT < length, (i_t + 1) * BT < length, (i_t + NB + 1) * BT < length
@@ -231,14 +238,14 @@ def band_kernel(q, k, v, dy, y, inv, ab, seen, dk, dv, table, planes, flags, sum
             for i in tl.range(0, count, num_stages=1):
                 u = share + i * shares
                 p, p_v, level, o_c, at, mask, chunk, length = keys_of(
-                    k, v, planes, u // n, u % n, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, d_t, BT, BC,
-                    EXACT, DOCUMENTS)
+                    k, v, planes, seen, plane, u // n, u % n, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, d_t, BT,
+                    BC, EXACT, DOCUMENTS)
                 p_ab = ab + (chunk * BT + o_r[:, None]) * Cp + o_c[None, :]
                 b_a, b_b, f = seen_by(p_ab, planes + chunk * Cp + o_c, level, plane, d, (i_t + d) * BT < length, Cp, BT)
                 w = dot(b_a, tl.trans((p_v * f[None, :]).to(b_a.dtype)), w, PRECISION)
                 w = dot(b_b, tl.trans((p * f[None, :]).to(b_a.dtype)), w, PRECISION)
             tl.store(p_sum + at_sum + d * BT * columns - d * BT, w)
-    if dirty:
+    if tl.max(rise, 0) > 1:  # steep
         tl.debug_barrier()
         for i in tl.range(0, count, num_stages=1):
             u = share + i * shares

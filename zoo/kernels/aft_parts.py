@@ -125,15 +125,29 @@ def reciprocal(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def opening(b_q):
-    """1 / sigmoid(q), at most 2^100."""
-    return 1 + tl.exp2(tl.minimum(b_q.to(tl.float32) * -LOG2E, 100.0))
+def exponential(x, level):
+    """exp(x) 2^-level to the last bit or two, for whole levels no more than HEAD below x log2(e): a series, as the
+    GPU's own is off by two, and a product before it by more the larger x is."""
+    whole = tl.floor(x * LOG2E + 0.5)
+    r = x - whole * LN2_HIGH - whole * LN2_LOW  # at most 0.35, and all of its digits
+    p = 1 + r * (1 + r * (1 / 2 + r * (1 / 6 + r * (1 / 24 + r * (1 / 120 + r * (1 / 720 + r / 5040))))))
+    up = tl.minimum(whole - level, HEAD, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(up < -160, 0.0, p * tl.exp2(up))
+
+
+@triton.jit
+def opening(b_q, EXACT: tl.constexpr):
+    """1 / sigmoid(q), at most 2^HEAD."""
+    if EXACT:
+        return 1 + exponential(-b_q.to(tl.float32), 0.0)
+    else:
+        return 1 + tl.exp2(tl.minimum(b_q.to(tl.float32) * -LOG2E, HEAD))
 
 
 @triton.jit
 def gated(b_q, b_num, b_den, EXACT: tl.constexpr):
     """sigmoid(q) num / den and 1 / den; not EXACT: 0 where sigmoid(q) / den is under 2^-127."""
-    by = opening(b_q)
+    by = opening(b_q, EXACT)
     if EXACT:
         b_inv = 1 / b_den
         return b_num * b_inv / by, b_inv
@@ -144,15 +158,10 @@ def gated(b_q, b_num, b_den, EXACT: tl.constexpr):
 
 @triton.jit
 def power(b_k, level, EXACT: tl.constexpr):
-    """exp2(x - level) of keys [rows, channels] no more than HEAD above; x - level is rounded as float32 rounds it.
-
-    EXACT: only what is left of x beyond a whole number is rounded, however far the level.
-    """
+    """exp2(x - level) of keys [rows, channels] no more than HEAD above; EXACT: to the last bit or two, however far the
+    level, else as far as float32 has room for x - level."""
     if EXACT:
-        whole = tl.floor(b_k * LOG2E + 0.5)
-        rest = (b_k - whole * LN2_HIGH - whole * LN2_LOW) * LOG2E
-        up = tl.minimum(whole - level[None, :], HEAD, propagate_nan=tl.PropagateNan.ALL)
-        return tl.where(up < -160, 0.0, tl.exp2(tl.minimum(rest, 1.0)) * tl.exp2(up))
+        return exponential(b_k, level[None, :])
     else:
         return tl.exp2(tl.minimum(b_k * LOG2E - level[None, :], HEAD, propagate_nan=tl.PropagateNan.ALL))
 
@@ -183,8 +192,9 @@ def steep_row(q, k, dy, y, inv, i_b, at, m_c, o_c, T, C, q_b, q_t, k_b, k_t, dy_
     c_x = tl.load(k + i_b * k_b + at * k_t + o_c, mask=m_c, other=0).to(tl.float32) * LOG2E
     c_q = tl.load(q + i_b * q_b + at * q_t + o_c, mask=m_c, other=0).to(tl.float32)
     c_dy = tl.load(dy + i_b * dy_b + at * dy_t + o_c, mask=m_c, other=0).to(tl.float32)
-    c_dy *= tl.load(inv + own, mask=m_c, other=0).to(tl.float32)
-    return c_x, c_dy * tl.sigmoid(c_q), -c_dy * tl.load(y + own, mask=m_c, other=0).to(tl.float32)
+    by = opening(c_q, inv.dtype.element_ty == tl.float32)
+    c_a = c_dy * tl.load(inv + own, mask=m_c, other=0).to(tl.float32) / by
+    return c_x, c_a, -c_a * (tl.load(y + own, mask=m_c, other=0).to(tl.float32) * by)
 
 
 @triton.jit

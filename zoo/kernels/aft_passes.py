@@ -15,6 +15,7 @@ from zoo.kernels.aft_parts import (
     LIMIT,
     Problem,
     document,
+    exponential,
     locate,
     opening,
     power,
@@ -44,7 +45,8 @@ def table_kernel(bias, table, largest, bias_t, rows, columns, W, BT: tl.constexp
             at = i_t % BT + NB * BT - at  # the distance
         seen = (at >= 0) & (i_t < rows)
         b = tl.load(p_bias + at, mask=seen & (at < within), other=float("-inf")).to(tl.float32)
-        a = tl.exp(tl.minimum(tl.maximum(b - r, FLOOR), 0.0))
+        a = tl.minimum(tl.maximum(b - r, FLOOR), 0.0)
+        a = exponential(a, 0.0) if table.dtype.element_ty == tl.float32 else tl.exp(a)
         if LOCAL:
             a = tl.where(at < within, a, beyond)
         else:
@@ -164,8 +166,9 @@ def scan_kernel(k, planes, flags, cu_seqlens, T, P, C, Cp, chunks, k_b, k_t, BT:
 def rows_kernel(q, k, dy, y, inv, dq, ab, planes, flags, seen, far, cu_seqlens, blocks, slots, T, P, C, Cp,
                 chunks, q_b, q_t, k_b, k_t, dy_b, dy_t, dq_t, BT: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
                 FLAG: tl.constexpr, LOCAL: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """dq, tokens dq_t apart; ab [2, chunks BT, Cp]: a, b, as multiples of exp2(-ref); LOCAL: seen [2, chunks, Cp],
-    their sums over the block, weighed as by a key far back. A program has BS rows, LOCAL all BT of the block."""
+    """dq, tokens dq_t apart; ab [2, chunks BT, Cp]: a, b, as multiples of exp2(-ref); LOCAL: seen [3, chunks, Cp],
+    their sums over the block, weighed as by a key far back, and for float32 what values are taken less of in the
+    gradients of keys and biases, and b with them. A program has BS rows, LOCAL all BT of the block."""
     part = tl.program_id(0) % (BT // BS) * BS
     i_n, i_t, i_c = locate(tl.program_id(0) // (BT // BS), blocks, slots, 0, T, Cp, BT, BC, False, DOCUMENTS)
     if i_n < 0:
@@ -182,10 +185,11 @@ def rows_kernel(q, k, dy, y, inv, dq, ab, planes, flags, seen, far, cu_seqlens, 
     b_dy = tl.load(dy + i_b * dy_b + (start + row) * dy_t + o_c[None, :], mask=mask, other=0).to(tl.float32)
     b_y = tl.load(y + at, mask=mask, other=0).to(tl.float32)
     b_inv = tl.load(inv + at, mask=mask, other=0).to(tl.float32)
-    gate = reciprocal(opening(b_q), inv.dtype.element_ty == tl.float32)
-    b_b = b_dy * b_y
+    EXACT: tl.constexpr = inv.dtype.element_ty == tl.float32
+    by = opening(b_q, EXACT)
+    gate = reciprocal(by, EXACT)
     p_dq = dq + (i_b * T + start + row) * dq_t + o_c[None, :]
-    tl.store(p_dq, (b_b * (1 - gate)).to(dq.dtype.element_ty), mask=mask)
+    tl.store(p_dq, (b_dy * b_y * (1 - gate)).to(dq.dtype.element_ty), mask=mask)
     plane = tl.cast(chunks, tl.int64) * Cp
     if raised(flags, chunk, i_c, Cp, BC, FLAG):
         p_level = planes + chunk * Cp + o_c
@@ -197,8 +201,16 @@ def rows_kernel(q, k, dy, y, inv, dq, ab, planes, flags, seen, far, cu_seqlens, 
             b_x = tl.load(p_x, mask=o_c < C, other=0).to(tl.float32)[None, :] * LOG2E
             b_m = tl.where(o_t[:, None] >= i_s, tl.maximum(b_m, b_x), b_m)
         b_inv *= tl.exp2(ref[None, :] - b_m)
-    b_a = b_dy * gate * b_inv
-    b_b = -b_b * b_inv
+    b_a = (b_dy * gate * b_inv).to(ab.dtype.element_ty).to(tl.float32)
+    b_mean = b_y * by
+    if LOCAL and EXACT:  # the row's last mean, rounded so that it is one number everywhere: see `keys_of`
+        p_last = start + tl.maximum(length, 1) - 1
+        c_q = tl.load(q + i_b * q_b + p_last * q_t + o_c, mask=o_c < C, other=0).to(tl.float32)
+        c_mean = tl.load(y + (i_b * T + p_last) * C + o_c, mask=o_c < C, other=0).to(tl.float32) * opening(c_q, EXACT)
+        c_mean = c_mean.to(tl.bfloat16).to(tl.float32)
+        tl.store(seen + 2 * plane + chunk * Cp + o_c, c_mean)
+        b_mean -= c_mean[None, :]
+    b_b = -b_a * b_mean  # of the a that is stored: its rounding is the same in both, whose difference counts
     p_ab = ab + (chunk * BT + o_t[:, None]) * Cp + o_c[None, :]
     tl.store(p_ab, b_a.to(ab.dtype.element_ty))
     tl.store(p_ab + plane * BT, b_b.to(ab.dtype.element_ty))
@@ -286,7 +298,7 @@ def factors(dq: Tensor, q: Tensor, k: Tensor, dy: Tensor, y: Tensor, inv: Tensor
             largest: Tensor, p: Problem, blocks: Tensor | None) -> tuple[Tensor, Tensor]:
     """Fills dq, which has no gaps between rows -> ab, and for local `seen` of a block and all later ones."""
     ab = q.new_empty(p.operand_shape, dtype=p.kind)
-    seen = planes.new_empty(2, p.chunks, p.Cp) if p.local else planes
+    seen = planes.new_empty(3, p.chunks, p.Cp) if p.local else planes
     options = p.options("local rows" if p.local else "rows")
     BS = p.BT if p.local else min(p.BT, p.config("rows").BS)
     rows_kernel[(p.chunks * (p.Cp // options["BC"]) * (p.BT // BS),)](
