@@ -20,6 +20,7 @@ from zoo.kernels._common import LOG2E, cdiv, power_of_two
 from zoo.kernels.decode import early, ready
 
 BT = 64  # cache entries at a time
+STAGES = 1  # of them under way
 ENTRIES = 64  # of the cache's room, that are worth a program
 MOST_PARTS = 32
 PROGRAMS = 264  # two to a multiprocessor
@@ -37,7 +38,7 @@ def attend(b_m, b_l, b_o, b_score, b_v):
 def attention_kernel(p_qkv, p_frequency, p_k, p_v, p_k_own, p_v_own, p_position, p_o, p_m, p_l, ROOM, S, scale,
                      H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr,
                      BT: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr, WHOLE: tl.constexpr,
-                     EARLY: tl.constexpr):
+                     STAGES: tl.constexpr, EARLY: tl.constexpr):
     """WHOLE: S is 1, and the mean itself is written, to o."""
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_g = i_h // (H // G)
@@ -103,7 +104,7 @@ def attention_kernel(p_qkv, p_frequency, p_k, p_v, p_k_own, p_v_own, p_position,
                 b_score += tl.sum((b_c2 * b_x + b_c1 * b_y) * b_q2[None, :], 1)
                 b_m, b_l, b_o = attend(b_m, b_l, b_o, tl.where(m_t, b_score, -float("inf")), b_c)
 
-    for t in range(start, stop, BT):
+    for t in tl.range(start, stop, BT, num_stages=STAGES):
         o_t = t + tl.arange(0, BT)
         m_t = o_t < stop
         o = o_t.to(tl.int64)[:, None] * (G * K)
@@ -180,7 +181,7 @@ def attention(qkv: Tensor, frequency: Tensor, k: Tensor, v: Tensor, position: Te
         attention_kernel[S, heads, B](
             qkv, frequency, k, v, *(own or (k, v)), position, o, m[0], m[1], ROOM, S, K**-0.5, H=heads, G=G, K=K,
             BLOCK=own[0].shape[1] if own else 0, RANK=rank, BT=BT, BP=power_of_two(K // 2), BK=power_of_two(K),
-            WHOLE=S == 1, num_warps=4, **early(qkv))
+            WHOLE=S == 1, STAGES=STAGES, num_warps=4, **early(qkv))
     return o, m[0], m[1]
 
 
