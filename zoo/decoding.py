@@ -97,7 +97,8 @@ class Recorded:
             return
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):
+            # other threads, a loader's say, may ask CUDA what they like meanwhile
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self._read()
         self.graph.replay()
 
