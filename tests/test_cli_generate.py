@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cases import Case, tiny
 
 import zoo
 from zoo.cli import main
+from zoo.decoding import narrowed
 from zoo.generation import Context
 from zoo.pretrained import save_pretrained
 from zoo.tokenizers import ByteTokenizer
@@ -68,6 +70,17 @@ def test_every_option_reaches_the_function(run, folder: str) -> None:
     stop = text[7:9]
     assert run(folder, "--prompt", "a", *options, "--stop", stop, "--stop", "no such text") == (
         0, f"a{text.partition(stop)[0]}\n", "")
+
+
+def test_weights_may_be_narrow(run, folder: str, tmp_path: Path) -> None:
+    narrow = narrowed(zoo.load_pretrained(folder), torch.bfloat16)
+    text = zoo.generate(narrow, "a", **HOW)
+    state = tmp_path / "n.state"
+    assert run(folder, "--prompt", "a", "--dtype", "bfloat16", "--save-state", state, *GREEDY) == (0, f"a{text}\n", "")
+    assert ByteTokenizer().decode(Context.load(state, narrow).tokens) == f"a{text}"
+    status, _, err = run(folder, "--state", state, *GREEDY)
+    assert status == 2
+    assert "n.state belongs to another model: aft, bfloat16" in err
 
 
 def test_a_prefix_is_read_once_and_gone_on_with(run, folder: str, tmp_path: Path) -> None:
@@ -158,6 +171,7 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_session(tmp_path: Path) -> None:
     (["MODEL", "--temperature", "-1"], "temperature=-1.0 is not allowed"),
     (["MODEL", "--max-tokens", "-1"], "max_tokens=-1 is not allowed: 0 or above"),
     (["MODEL", "--seed", "-1"], "seed=-1 is not allowed"),
+    (["MODEL", "--dtype", "int8"], "unknown dtype 'int8'; allowed: bfloat16, float16, float32"),
     (["MODEL", "--prompt", "x" * 70], "a prompt of 71 tokens and 1 more are past the limit of this aft: at most 60"),
     (["MODEL", "--prompt-file", "none.txt"], "cannot read none.txt: No such file or directory"),
     (["MODEL", "--prompt-file", "latin.txt"], "latin.txt is not text in UTF-8: invalid continuation byte at byte 1"),
