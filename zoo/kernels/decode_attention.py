@@ -139,18 +139,18 @@ def summary_kernel(p_k_own, p_v_own, p_e, p_f, p_frequency, p_k, p_v, p_position
         b_k2 = tl.zeros([BR, BP], tl.float32)
         b_v1 = tl.zeros([BR, BP], tl.float32)
         b_v2 = tl.zeros([BR, BP], tl.float32)
-        for c in range(0, C, BC):
+        for c in range(0, C, BC):  # summed along the last axis: along the middle one Triton makes a TF32 product of it
             o_c = c + tl.arange(0, BC)
-            o_own = (i_b * C + o_c)[:, None] * (H * K) + i_h * K + o_p[None, :]
-            m_own = (o_c < C)[:, None] & m_p[None, :]
+            o_own = (i_b * C + o_c)[None, :] * (H * K) + i_h * K + o_p[:, None]
+            m_own = (o_c < C)[None, :] & m_p[:, None]
             o_ef = (i_h * R + o_r)[:, None] * C + o_c[None, :]
             m_ef = m_r[:, None] & (o_c < C)[None, :]
-            b_e = tl.load(p_e + o_ef, mask=m_ef, other=0.0).to(tl.float32)[:, :, None]
-            b_f = tl.load(p_f + o_ef, mask=m_ef, other=0.0).to(tl.float32)[:, :, None]
-            b_k1 += tl.sum(b_e * tl.load(p_k_own + o_own, mask=m_own, other=0.0).to(tl.float32)[None], 1)
-            b_k2 += tl.sum(b_e * tl.load(p_k_own + HALF + o_own, mask=m_own, other=0.0).to(tl.float32)[None], 1)
-            b_v1 += tl.sum(b_f * tl.load(p_v_own + o_own, mask=m_own, other=0.0).to(tl.float32)[None], 1)
-            b_v2 += tl.sum(b_f * tl.load(p_v_own + HALF + o_own, mask=m_own, other=0.0).to(tl.float32)[None], 1)
+            b_e = tl.load(p_e + o_ef, mask=m_ef, other=0.0).to(tl.float32)[:, None, :]
+            b_f = tl.load(p_f + o_ef, mask=m_ef, other=0.0).to(tl.float32)[:, None, :]
+            b_k1 += tl.sum(b_e * tl.load(p_k_own + o_own, mask=m_own, other=0.0).to(tl.float32)[None], 2)
+            b_k2 += tl.sum(b_e * tl.load(p_k_own + HALF + o_own, mask=m_own, other=0.0).to(tl.float32)[None], 2)
+            b_v1 += tl.sum(b_f * tl.load(p_v_own + o_own, mask=m_own, other=0.0).to(tl.float32)[None], 2)
+            b_v2 += tl.sum(b_f * tl.load(p_v_own + HALF + o_own, mask=m_own, other=0.0).to(tl.float32)[None], 2)
         b_place = (position - (C - 1)).to(tl.float32) + ((o_r.to(tl.float32) + 0.5) * (C / R) - 0.5)
         b_phase = b_place[:, None] * tl.load(p_frequency + o_p, mask=m_p, other=0.0)[None, :]
         b_cos, b_sin = tl.cos(b_phase), tl.sin(b_phase)
