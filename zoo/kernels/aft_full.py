@@ -23,6 +23,7 @@ from zoo.kernels.aft_parts import (
     flagged,
     gated,
     locate,
+    lowered,
     power,
     raised,
     shares_of,
@@ -59,10 +60,10 @@ def forward_kernel(q, k, v, y, inv, table, pairs, planes, flags, cu_seqlens, blo
     end = (i_t + 1 - slow) * BT
     if scaled:
         for i_s in tl.range(0, end, BS, num_stages=1):
-            f = tl.exp2(tl.load(p_level + (i_s // BT) * Cp) - ref)[None, :]
+            fall = (tl.load(p_level + (i_s // BT) * Cp) - ref)[None, :]
             b_a = tl.load(p_a + i_s)
-            b_num = dot(b_a, (tl.load(p_v).to(tl.float32) * f).to(b_a.dtype), b_num, PRECISION)
-            b_den = dot(b_a, (tl.load(p_p).to(tl.float32) * f).to(b_a.dtype), b_den, PRECISION)
+            b_num = dot(b_a, lowered(tl.load(p_v).to(tl.float32), fall).to(b_a.dtype), b_num, PRECISION)
+            b_den = dot(b_a, lowered(tl.load(p_p).to(tl.float32), fall).to(b_a.dtype), b_den, PRECISION)
             p_v += BS * Cp
             p_p += BS * Cp
     else:
@@ -116,10 +117,10 @@ def columns_kernel(q, k, v, dy, y, inv, ab, dk, dv, table, planes, flags, cu_seq
     b_rest = tl.zeros([BT, BC], tl.float32)
     if scaled:
         for i_s in tl.range(first, n * BT, BS, num_stages=1):
-            f = tl.exp2(level - tl.load(p_ref + (i_s // BT) * Cp))[None, :]
+            fall = (level - tl.load(p_ref + (i_s // BT) * Cp))[None, :]
             b_table = tl.trans(tl.load(p_table))
-            b_dv = dot(b_table, (tl.load(p_a).to(tl.float32) * f).to(b_table.dtype), b_dv, PRECISION)
-            b_rest = dot(b_table, (tl.load(p_b).to(tl.float32) * f).to(b_table.dtype), b_rest, PRECISION)
+            b_dv = dot(b_table, lowered(tl.load(p_a).to(tl.float32), fall).to(b_table.dtype), b_dv, PRECISION)
+            b_rest = dot(b_table, lowered(tl.load(p_b).to(tl.float32), fall).to(b_table.dtype), b_rest, PRECISION)
             p_table += BS * columns
             p_a += BS * Cp
             p_b += BS * Cp
@@ -199,11 +200,11 @@ def tiles_kernel(q, k, v, dy, y, inv, ab, pairs, planes, flags, sums, cu_seqlens
             if i_t * BT < length:
                 p_level = planes + chunk * Cp + at
                 level, ref = tl.load(p_level + i_j * Cp), tl.load(p_level + plane + i_t * Cp)
-                f = tl.where((i_t == i_j) & (ref < level), 0.0, tl.exp2(tl.minimum(level - ref, 0.0)))
+                fall = tl.where((i_t == i_j) & (ref < level), -1e30, tl.minimum(level - ref, 0.0))[None, :]
                 for which in range(0, 2):
                     b_a = tl.load(ab + which * plane * BT + ((chunk + i_t) * BT + o_r[:, None]) * Cp + at[None, :])
                     b_p = tl.load(pairs + which * plane * BT + ((chunk + i_j) * BT + o_r[:, None]) * Cp + at[None, :])
-                    b_p = tl.where(f[None, :] > 0, b_p.to(tl.float32) * f[None, :], 0.0).to(b_a.dtype)
+                    b_p = lowered(b_p.to(tl.float32), fall).to(b_a.dtype)
                     b_sum = dot(b_a, tl.trans(b_p), b_sum, PRECISION)
     else:
         i_n, i_c, row_step, channel_step = share // n, share % n, shares // n, shares % n

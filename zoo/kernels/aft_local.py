@@ -22,6 +22,7 @@ from zoo.kernels.aft_parts import (
     flagged,
     gated,
     locate,
+    lowered,
     power,
     raised,
     shares_of,
@@ -56,10 +57,10 @@ def forward_kernel(q, k, v, y, inv, table, far, planes, flags, cu_seqlens, block
     b_den = tl.zeros([BT, BC], tl.float32)
     if i_t > NB:
         p_far = p_plane - (NB + 1) * Cp
-        fall = tl.exp2(tl.load(p_far + 2 * plane) - ref)
+        fall = tl.load(p_far + 2 * plane) - ref
         b_far = tl.load(far + i_t * BT + o_t)[:, None]
-        b_num += b_far * (fall * tl.load(p_far + 4 * plane))[None, :]
-        b_den += b_far * (fall * tl.load(p_far + 5 * plane))[None, :]
+        b_num += b_far * lowered(tl.load(p_far + 4 * plane), fall)[None, :]
+        b_den += b_far * lowered(tl.load(p_far + 5 * plane), fall)[None, :]
     p_table = table + (i_t * BT + o_t)[:, None] * columns + o_t[None, :]
     for j in tl.range(tl.maximum(i_t - NB, 0), i_t + 1 - slow, num_stages=STAGES):
         row = (j * BT + o_t)[:, None].to(tl.int64)
@@ -113,11 +114,11 @@ def steep_rows(q, k, v, dy, y, inv, dk, dv, p_table, p_sum, i_b, start, length, 
 
 @triton.jit
 def seen_by(p_ab, p_plane, level, plane, d, there, Cp, BT: tl.constexpr):
-    """a, b of the d-th block of rows from the keys' own on, and the factor exp2(l_j - ref) between the two."""
-    f = tl.exp2(level - tl.load(p_plane + plane + d * Cp, mask=there, other=float("inf")))
+    """a, b of the d-th block of rows from the keys' own on, and l_j - ref between the two [1, channels]."""
+    fall = level - tl.load(p_plane + plane + d * Cp, mask=there, other=1e30)
     b_a = tl.load(p_ab + d * BT * Cp, mask=there, other=0)
     b_b = tl.load(p_ab + plane * BT + d * BT * Cp, mask=there, other=0)
-    return b_a, b_b, f
+    return b_a, b_b, fall[None, :]
 
 
 @triton.jit
@@ -162,7 +163,7 @@ def band_kernel(q, k, v, dy, y, inv, ab, seen, dk, dv, table, planes, flags, sum
     w_next = tl.zeros([BT, BT], tl.float32)
     unit, row_step, channel_step = share + (count - 1) * shares, shares // n, shares % n
     i_n, i_c = unit // n, unit % n  # the last first: what was made a moment ago, the L2 cache still has
-    rise = tl.zeros([BC], tl.float32)  # the largest factor between a block and its own rows
+    rise = tl.zeros([1, BC], tl.float32)  # how far a block's level is above its rows' ref
     if flagged(flags, cu_seqlens, share, shares, count, i_t, NB + 1, T, P, n, BT, DOCUMENTS):
         for _ in tl.range(0, count, num_stages=STAGES):
             p, p_v, level, o_c, at, mask, chunk, length = keys_of(
@@ -171,29 +172,29 @@ def band_kernel(q, k, v, dy, y, inv, ab, seen, dk, dv, table, planes, flags, sum
             i_n, i_c = before(i_n, i_c, row_step, channel_step, n)
             p_plane = planes + chunk * Cp + o_c
             p_ab = ab + (chunk * BT + o_r[:, None]) * Cp + o_c[None, :]
-            b_a, b_b, f = seen_by(p_ab, p_plane, level, plane, 0, i_t * BT < length, Cp, BT)
-            rise = tl.maximum(rise, f)
-            f = tl.where(f > 1, 0.0, f)[None, :]  # steep: row by row, below
+            b_a, b_b, fall = seen_by(p_ab, p_plane, level, plane, 0, i_t * BT < length, Cp, BT)
+            rise = tl.maximum(rise, fall)
+            fall = tl.where(fall > 0, -1e30, fall)  # steep: row by row, below
             zero = tl.zeros([BT, BC], tl.float32)
-            b_dv = dot(b_own, b_a, zero, PRECISION) * f
-            b_rest = dot(b_own, b_b, zero, PRECISION) * f
-            w_own = dot(b_a, tl.trans((p_v * f).to(b_a.dtype)), w_own, PRECISION)
-            w_own = dot(b_b, tl.trans((p * f).to(b_a.dtype)), w_own, PRECISION)
-            b_a, b_b, f = seen_by(p_ab, p_plane, level, plane, 1, (i_t + 1) * BT < length, Cp, BT)
-            b_dv += dot(b_next, b_a, zero, PRECISION) * f[None, :]
-            b_rest += dot(b_next, b_b, zero, PRECISION) * f[None, :]
-            w_next = dot(b_a, tl.trans((p_v * f[None, :]).to(b_a.dtype)), w_next, PRECISION)
-            w_next = dot(b_b, tl.trans((p * f[None, :]).to(b_a.dtype)), w_next, PRECISION)
+            b_dv = lowered(dot(b_own, b_a, zero, PRECISION), fall)
+            b_rest = lowered(dot(b_own, b_b, zero, PRECISION), fall)
+            w_own = dot(b_a, tl.trans(lowered(p_v, fall).to(b_a.dtype)), w_own, PRECISION)
+            w_own = dot(b_b, tl.trans(lowered(p, fall).to(b_a.dtype)), w_own, PRECISION)
+            b_a, b_b, fall = seen_by(p_ab, p_plane, level, plane, 1, (i_t + 1) * BT < length, Cp, BT)
+            b_dv += lowered(dot(b_next, b_a, zero, PRECISION), fall)
+            b_rest += lowered(dot(b_next, b_b, zero, PRECISION), fall)
+            w_next = dot(b_a, tl.trans(lowered(p_v, fall).to(b_a.dtype)), w_next, PRECISION)
+            w_next = dot(b_b, tl.trans(lowered(p, fall).to(b_a.dtype)), w_next, PRECISION)
             for d in range(2, NB + 1):
-                b_a, b_b, f = seen_by(p_ab, p_plane, level, plane, d, (i_t + d) * BT < length, Cp, BT)
+                b_a, b_b, fall = seen_by(p_ab, p_plane, level, plane, d, (i_t + d) * BT < length, Cp, BT)
                 b_far = tl.trans(tl.load(p_table + d * BT * columns - d * BT, mask=i_t + d < blocks, other=0))
-                b_dv += dot(b_far, b_a, zero, PRECISION) * f[None, :]
-                b_rest += dot(b_far, b_b, zero, PRECISION) * f[None, :]
+                b_dv += lowered(dot(b_far, b_a, zero, PRECISION), fall)
+                b_rest += lowered(dot(b_far, b_b, zero, PRECISION), fall)
             beyond = (i_t + NB + 1) * BT < length
-            fall = tl.exp2(level - tl.load(p_plane + plane + (NB + 1) * Cp, mask=beyond, other=float("inf")))
+            to = level - tl.load(p_plane + plane + (NB + 1) * Cp, mask=beyond, other=1e30)
             p_seen = seen + (chunk + NB + 1) * Cp + o_c
-            b_dv += (tl.load(p_seen, mask=beyond, other=0) * fall)[None, :]
-            b_rest += (tl.load(p_seen + plane, mask=beyond, other=0) * fall)[None, :]
+            b_dv += lowered(tl.load(p_seen, mask=beyond, other=0), to)[None, :]
+            b_rest += lowered(tl.load(p_seen + plane, mask=beyond, other=0), to)[None, :]
             tl.store(dv + at, (p * b_dv).to(dv.dtype.element_ty), mask=mask)
             tl.store(dk + at, (p_v * b_dv + p * b_rest).to(dk.dtype.element_ty), mask=mask)
     else:  # the same where all factors are 1
@@ -241,11 +242,12 @@ def band_kernel(q, k, v, dy, y, inv, ab, seen, dk, dv, table, planes, flags, sum
                     k, v, planes, seen, plane, u // n, u % n, cu_seqlens, i_t, T, P, C, Cp, k_b, k_t, v_b, v_t, d_t, BT,
                     BC, EXACT, DOCUMENTS)
                 p_ab = ab + (chunk * BT + o_r[:, None]) * Cp + o_c[None, :]
-                b_a, b_b, f = seen_by(p_ab, planes + chunk * Cp + o_c, level, plane, d, (i_t + d) * BT < length, Cp, BT)
-                w = dot(b_a, tl.trans((p_v * f[None, :]).to(b_a.dtype)), w, PRECISION)
-                w = dot(b_b, tl.trans((p * f[None, :]).to(b_a.dtype)), w, PRECISION)
+                p_plane = planes + chunk * Cp + o_c
+                b_a, b_b, fall = seen_by(p_ab, p_plane, level, plane, d, (i_t + d) * BT < length, Cp, BT)
+                w = dot(b_a, tl.trans(lowered(p_v, fall).to(b_a.dtype)), w, PRECISION)
+                w = dot(b_b, tl.trans(lowered(p, fall).to(b_a.dtype)), w, PRECISION)
             tl.store(p_sum + at_sum + d * BT * columns - d * BT, w)
-    if tl.max(rise, 0) > 1:  # steep
+    if tl.max(tl.max(rise, 1), 0) > 0:  # steep
         tl.debug_barrier()
         for i in tl.range(0, count, num_stages=1):
             u = share + i * shares

@@ -9,7 +9,7 @@ whose keys rise by no more than LIMIT + HEAD above the first: those of a trained
 Sums up to a row of block i are held as multiples of exp2(ref_i), ref_i the largest level so far. They underflow only
 where all keys up to a row lie far below: a row needs den >= exp2(-LIMIT) exp(FLOOR) = 2^-119. Where the largest key
 before block i (for i = 0 the first key) is not within LIMIT of ref_i, the block is steep in that channel: its own keys
-then enter one by one with a running maximum that begins at ref_i, for such a block the largest level before it. ref
+then enter one by one with a running maximum that begins at ref_i, for such a block no less than any key before it. ref
 never falls. Nor do sums overflow, at exp2(HEAD) for each token, and gradients of 2^-30 over den stay in range.
 """
 
@@ -154,6 +154,13 @@ def gated(b_q, b_num, b_den, EXACT: tl.constexpr):
     else:
         b_inv = reciprocal(b_den * by, False)
         return b_num * b_inv, b_inv * by
+
+
+@triton.jit
+def lowered(x, d):
+    """x 2^d of whole d <= 0, exact where 2^d alone would be out of range: a weight of 2^HEAD can be 112 levels down."""
+    half = tl.floor(d * 0.5)
+    return x * tl.exp2(half) * tl.exp2(d - half)
 
 
 @triton.jit

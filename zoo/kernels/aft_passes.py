@@ -17,6 +17,7 @@ from zoo.kernels.aft_parts import (
     document,
     exponential,
     locate,
+    lowered,
     opening,
     power,
     raised,
@@ -108,8 +109,7 @@ def smaller(a, b):
 def joined(e, x, y, e_b, x_b, y_b):
     """Sums x, y as multiples of exp2(e), put together."""
     top = tl.maximum(e, e_b)
-    f, f_b = tl.exp2(e - top), tl.exp2(e_b - top)
-    return top, x * f + x_b * f_b, y * f + y_b * f_b
+    return (top, lowered(x, e - top) + lowered(x_b, e_b - top), lowered(y, e - top) + lowered(y_b, e_b - top))
 
 
 @triton.jit(do_not_specialize=["T", "P", "chunks"])
@@ -137,16 +137,15 @@ def scan_kernel(k, planes, flags, cu_seqlens, T, P, C, Cp, chunks, k_b, k_t, BT:
         e_b = tl.maximum(tl.associative_scan(before, 0, larger), high[None, :])
         m_b = tl.maximum(tl.associative_scan(largest, 0, larger), top[None, :])
         e = tl.maximum(e_b, level)
-        ref = tl.where(e - m_b > LIMIT, tl.where(at == 0, first[None, :], e_b), e)
+        ref = tl.where(e - m_b > LIMIT, tl.maximum(e_b, tl.ceil(m_b)), e)
         tl.store(p_at + plane, ref, mask=there)
         if LOCAL:
             s_num = tl.load(p_at + 4 * plane, mask=there, other=0)
             s_den = tl.load(p_at + 5 * plane, mask=there, other=0)
             s, s_num, s_den = tl.associative_scan((tl.where(there, level, -1e30), s_num, s_den), 0, joined)
-            fall = tl.exp2(high[None, :] - e)
-            back = tl.exp2(s - e)
-            s_num = s_num * back + num[None, :] * fall
-            s_den = s_den * back + den[None, :] * fall
+            fall = tl.maximum(high[None, :], -1e30) - e
+            s_num = lowered(s_num, s - e) + lowered(num[None, :], fall)
+            s_den = lowered(s_den, s - e) + lowered(den[None, :], fall)
             tl.store(p_at + 2 * plane, e, mask=there)
             tl.store(p_at + 4 * plane, s_num, mask=there)
             tl.store(p_at + 5 * plane, s_den, mask=there)
@@ -239,9 +238,9 @@ def scan_back_kernel(seen, planes, cu_seqlens, T, P, Cp, chunks, BT: tl.constexp
         b_a = tl.load(p_seen, mask=there, other=0)
         b_b = tl.load(p_seen + plane, mask=there, other=0)
         e, b_a, b_b = tl.associative_scan((e, b_a, b_b), 0, joined)  # ref never falls: e is its own maximum
-        fall = tl.exp2(c_e[None, :] - tl.maximum(e, c_e[None, :]))
-        b_a += c_a[None, :] * fall
-        b_b += c_b[None, :] * fall
+        fall = c_e[None, :] - tl.maximum(e, c_e[None, :])
+        b_a += lowered(c_a[None, :], fall)
+        b_b += lowered(c_b[None, :], fall)
         tl.store(p_seen, b_a, mask=there)
         tl.store(p_seen + plane, b_b, mask=there)
         last = (i + o_n)[:, None] == i + BN - 1

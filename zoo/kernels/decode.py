@@ -9,7 +9,7 @@ weights under way when that one's results are there: `ready` waits for them. Bef
 written in a step but what the last step wrote.
 
 A single row, and every row beside float32 weights, is multiplied and added up by itself, BM = 1; with 16-bit weights
-`ROWS` make a tile of `dot`.
+16 or 32 make a tile of `dot`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from zoo.kernels._common import cdiv, dot, power_of_two
 
-ROWS = 16  # of a tile of `dot`
 TILE = 8192  # weights a program has in flight: 64 to each of 128 threads
 PROGRAMS = 128  # that a product is cut into, about one to a multiprocessor
 
@@ -192,10 +191,15 @@ def _hopper(device: torch.device) -> bool:
 
 
 def tiles(B: int, N: int, width: int, dtype: torch.dtype) -> tuple[bool, int, int]:
-    """DOT, BM, BN of a product with N outputs and `width` padded inputs in flight."""
+    """DOT, BM, BN of a product with N outputs and `width` padded inputs in flight: enough programs to fill the GPU."""
     if B > 1 and dtype != torch.float32:
-        return True, ROWS, 32
+        BM = 16 if B <= 16 else 32
+        return True, BM, next((BN for BN in (64, 32) if cdiv(N, BN) * cdiv(B, BM) >= PROGRAMS), 16)
     return False, 1, max(1, min(1 << (cdiv(N, PROGRAMS).bit_length() - 1), TILE // width))
+
+
+def warps(DOT: bool, BM: int, BN: int) -> int:
+    return 8 if DOT and BM * BN > 1024 else 4
 
 
 def embed(ids: Tensor, table: Tensor, gain: Tensor, bias: Tensor, eps: float, position: Tensor) -> Tensor:
@@ -219,7 +223,7 @@ def norm_linear(x: Tensor, y: Tensor | None, gain: Tensor, bias: Tensor, eps: fl
     with torch.cuda.device_of(x):
         norm_linear_kernel[cdiv(N, BN), cdiv(B, BM)](
             x, x if y is None else y, gain, bias, weight, summed, out, B, N, *weight.stride(), eps, D=D, BM=BM, BN=BN,
-            BD=BD, ADDS=y is not None, GLU=glu, DOT=DOT, num_warps=4, **early(x))
+            BD=BD, ADDS=y is not None, GLU=glu, DOT=DOT, num_warps=warps(DOT, BM, BN), **early(x))
     return summed, out
 
 
@@ -239,7 +243,7 @@ def linear(x: Tensor, weight: Tensor, gate: Tensor | None = None, moves: tuple[T
             x, weight, x if gate is None else gate, out, source, to, x if position is None else position, B, N, K,
             x.stride(0), weight.stride(0), 0 if gate is None else gate.stride(0), BM=BM, BN=BN, BK=BK,
             GATED=gate is not None, MOVES=moves is not None, ADVANCES=position is not None, ONCE=K <= BK, DOT=DOT,
-            num_warps=4, **early(x))
+            num_warps=warps(DOT, BM, BN), **early(x))
     return out
 
 

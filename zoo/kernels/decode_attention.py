@@ -20,7 +20,7 @@ from zoo.kernels._common import LOG2E, cdiv, power_of_two
 from zoo.kernels.decode import early, ready
 
 BT = 64  # cache entries at a time
-STAGES = 1  # of them under way
+STAGES = 3  # of them under way
 ENTRIES = 64  # of the cache's room, that are worth a program
 MOST_PARTS = 32
 PROGRAMS = 264  # two to a multiprocessor
@@ -32,6 +32,17 @@ def attend(b_m, b_l, b_o, b_score, b_v):
     b_new = tl.maximum(b_m, tl.max(b_score, 0))
     b_p, b_left = tl.exp2(b_score - b_new), tl.exp2(b_m - b_new)
     return b_new, b_l * b_left + tl.sum(b_p, 0), b_o * b_left + tl.sum(b_p[:, None] * b_v, 0)
+
+
+@triton.jit
+def entries(p_k, p_v, t, stop, stride, K: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr):
+    """Cache entries t .. of a head: the two halves of their keys [BT, BP], their values [BT, BK]."""
+    o_t, o_p, o_k = t + tl.arange(0, BT), tl.arange(0, BP), tl.arange(0, BK)
+    m_t, o = (o_t < stop)[:, None], o_t.to(tl.int64)[:, None] * stride
+    m_p = m_t & (o_p < K // 2)[None, :]
+    b_k1 = tl.load(p_k + o + o_p[None, :], mask=m_p, other=0.0).to(tl.float32)
+    b_k2 = tl.load(p_k + o + K // 2 + o_p[None, :], mask=m_p, other=0.0).to(tl.float32)
+    return b_k1, b_k2, tl.load(p_v + o + o_k[None, :], mask=m_t & (o_k < K)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["ROOM", "S"])
@@ -48,12 +59,8 @@ def attention_kernel(p_qkv, p_frequency, p_k, p_v, p_k_own, p_v_own, p_position,
     position = tl.load(p_position + i_b)
     b_frequency = tl.load(p_frequency + o_p, mask=m_p, other=0.0)
     p_row = p_qkv + i_b * (H + 2 * G) * K
-    ready(EARLY)
     b_phase = position.to(tl.float32) * b_frequency
     b_cos, b_sin = tl.cos(b_phase), tl.sin(b_phase)
-    b_q1 = tl.load(p_row + i_h * K + o_p, mask=m_p, other=0.0) * scale * LOG2E
-    b_q2 = tl.load(p_row + i_h * K + HALF + o_p, mask=m_p, other=0.0) * scale * LOG2E
-    b_q1, b_q2 = b_q1 * b_cos - b_q2 * b_sin, b_q2 * b_cos + b_q1 * b_sin
 
     length = position // BLOCK * RANK if BLOCK else position
     share = tl.cdiv(tl.cdiv(length, S), BT) * BT
@@ -61,6 +68,12 @@ def attention_kernel(p_qkv, p_frequency, p_k, p_v, p_k_own, p_v_own, p_position,
     stop = tl.minimum(start + share, length)
     p_k += i_b * ROOM * G * K + i_g * K
     p_v += i_b * ROOM * G * K + i_g * K
+    b_c1, b_c2, b_c = entries(p_k, p_v, start, stop, G * K, K, BT, BP, BK)  # older than this step
+
+    ready(EARLY)
+    b_q1 = tl.load(p_row + i_h * K + o_p, mask=m_p, other=0.0) * scale * LOG2E
+    b_q2 = tl.load(p_row + i_h * K + HALF + o_p, mask=m_p, other=0.0) * scale * LOG2E
+    b_q1, b_q2 = b_q1 * b_cos - b_q2 * b_sin, b_q2 * b_cos + b_q1 * b_sin
     b_m = -float("inf")
     b_l = 0.0
     b_o = tl.zeros([BK], tl.float32)
@@ -94,25 +107,25 @@ def attention_kernel(p_qkv, p_frequency, p_k, p_v, p_k_own, p_v_own, p_position,
                 o_t = t + tl.arange(0, BT)
                 m_t = o_t < offset
                 o = o_t[:, None] * (G * K)
-                b_c1 = tl.load(p_k_own + o + o_p[None, :], mask=m_t[:, None] & m_p[None, :], other=0.0).to(tl.float32)
-                b_c2 = tl.load(p_k_own + o + HALF + o_p[None, :], mask=m_t[:, None] & m_p[None, :],
+                b_w1 = tl.load(p_k_own + o + o_p[None, :], mask=m_t[:, None] & m_p[None, :], other=0.0).to(tl.float32)
+                b_w2 = tl.load(p_k_own + o + HALF + o_p[None, :], mask=m_t[:, None] & m_p[None, :],
                                other=0.0).to(tl.float32)
-                b_c = tl.load(p_v_own + o + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+                b_w = tl.load(p_v_own + o + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0).to(tl.float32)
                 b_angle = (position - offset + o_t).to(tl.float32)[:, None] * b_frequency[None, :]
                 b_x, b_y = tl.cos(b_angle), tl.sin(b_angle)
-                b_score = tl.sum((b_c1 * b_x - b_c2 * b_y) * b_q1[None, :], 1)
-                b_score += tl.sum((b_c2 * b_x + b_c1 * b_y) * b_q2[None, :], 1)
-                b_m, b_l, b_o = attend(b_m, b_l, b_o, tl.where(m_t, b_score, -float("inf")), b_c)
+                b_score = tl.sum((b_w1 * b_x - b_w2 * b_y) * b_q1[None, :], 1)
+                b_score += tl.sum((b_w2 * b_x + b_w1 * b_y) * b_q2[None, :], 1)
+                b_m, b_l, b_o = attend(b_m, b_l, b_o, tl.where(m_t, b_score, -float("inf")), b_w)
 
-    for t in tl.range(start, stop, BT, num_stages=STAGES):
-        o_t = t + tl.arange(0, BT)
-        m_t = o_t < stop
-        o = o_t.to(tl.int64)[:, None] * (G * K)
-        b_c1 = tl.load(p_k + o + o_p[None, :], mask=m_t[:, None] & m_p[None, :], other=0.0).to(tl.float32)
-        b_c2 = tl.load(p_k + o + HALF + o_p[None, :], mask=m_t[:, None] & m_p[None, :], other=0.0).to(tl.float32)
-        b_c = tl.load(p_v + o + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+    if start < stop:
         b_score = tl.sum(b_c1 * b_q1[None, :], 1) + tl.sum(b_c2 * b_q2[None, :], 1)
-        b_m, b_l, b_o = attend(b_m, b_l, b_o, tl.where(m_t, b_score, -float("inf")), b_c)
+        b_score = tl.where(start + tl.arange(0, BT) < stop, b_score, -float("inf"))
+        b_m, b_l, b_o = attend(b_m, b_l, b_o, b_score, b_c)
+    for t in tl.range(start + BT, stop, BT, num_stages=STAGES):
+        b_t1, b_t2, b_t = entries(p_k, p_v, t, stop, G * K, K, BT, BP, BK)
+        b_score = tl.sum(b_t1 * b_q1[None, :], 1) + tl.sum(b_t2 * b_q2[None, :], 1)
+        b_score = tl.where(t + tl.arange(0, BT) < stop, b_score, -float("inf"))
+        b_m, b_l, b_o = attend(b_m, b_l, b_o, b_score, b_t)
 
     part = (i_b * S + i_s) * H + i_h
     if WHOLE:

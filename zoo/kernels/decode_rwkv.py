@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._common import cdiv, dot, power_of_two
-from zoo.kernels.decode import early, product, ready, summed_norm, tanh, tiles, weight_tile
+from zoo.kernels.decode import early, product, ready, summed_norm, tanh, tiles, warps, weight_tile
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -141,7 +141,7 @@ def shift(x: Tensor, y: Tensor | None, gain: Tensor, bias: Tensor, eps: float, b
         shift_kernel[cdiv(N1, BN) + cdiv(N2, BN), cdiv(B, BM)](
             x, x if y is None else y, gain, bias, before, mix, first, first if second is None else second, summed,
             normed, out, B, N1, N2, *strides, eps, D=D, BM=BM, BN=BN, BD=BD, ADDS=y is not None,
-            CHANNELS=second is not None, DOT=DOT, num_warps=4, **early(x))
+            CHANNELS=second is not None, DOT=DOT, num_warps=warps(DOT, BM, BN), **early(x))
     return summed, normed, out
 
 
@@ -153,6 +153,7 @@ def mixed(normed: Tensor, before: Tensor, low: Tensor, mix: Tensor, up: Tensor, 
     (B, D), R, rank = normed.shape, up.shape[1], decay.shape[1]
     BD = max(16, power_of_two(D))
     DOT, BM, BN = tiles(B, 4 * D, BD, weights[0].dtype)
+    BN = max(BN, 32) if DOT else BN
     out = normed.new_empty(B, 4 * D + rank)
     with torch.cuda.device_of(normed):
         mixed_kernel[4 * cdiv(D, BN) + cdiv(rank, BN), cdiv(B, BM)](

@@ -15,7 +15,7 @@ from zoo.kernels.decode import early, ready
 
 PROGRAMS = 132
 FEATURES = 16  # of a head, at a time
-CHANNELS = 16  # of an AFT program
+CHANNELS = {16: 16, 4096: 64}  # of an AFT program, to so many rows
 LEAST = tl.constexpr(1e-30)  # added to FAVOR+'s normaliser
 FLOOR = tl.constexpr(-60.0)  # how far below the largest of its row an AFT bias can count
 
@@ -170,8 +170,9 @@ def aft_local(qkv: Tensor, row: Tensor, column: Tensor, keys: Tensor, values: Te
     B, W, D = keys.shape[0], keys.shape[1] + 1, keys.shape[2]
     R = row.shape[1]
     out = qkv.new_empty(B, D)
+    BD = next((channels for rows, channels in CHANNELS.items() if rows >= B), 64)
     with torch.cuda.device_of(qkv):
-        aft_local_kernel[cdiv(D, CHANNELS), B](
+        aft_local_kernel[cdiv(D, BD), B](
             qkv, row, column, keys, values, top, num, den, position, out, D=D, W=W, R=R, BW=power_of_two(W),
-            BR=power_of_two(R), BD=CHANNELS, num_warps=4, **early(qkv))
+            BR=power_of_two(R), BD=BD, num_warps=4, **early(qkv))
     return out
