@@ -14,6 +14,8 @@ from torch import Tensor
 from zoo.kernels._common import cdiv, dot, power_of_two
 from zoo.kernels.decode import early, product, ready, summed_norm, tanh, tiles, warps, weight_tile
 
+MIXED_WARPS = 8
+
 
 @triton.jit(do_not_specialize=["B"])
 def shift_kernel(p_x, p_y, p_gain, p_bias, p_before, p_mix, p_first, p_second, p_sum, p_normed, p_out, B, N1, N2,
@@ -158,7 +160,7 @@ def mixed(normed: Tensor, before: Tensor, low: Tensor, mix: Tensor, up: Tensor, 
     with torch.cuda.device_of(normed):
         mixed_kernel[4 * cdiv(D, BN) + cdiv(rank, BN), cdiv(B, BM)](
             normed, before, low, mix, up, decay, *weights, out, B, rank, D=D, R=R, BM=BM, BN=BN, BD=BD,
-            BR=max(16, power_of_two(R)), DOT=DOT, num_warps=8, **early(normed))
+            BR=max(16, power_of_two(R)), DOT=DOT, num_warps=MIXED_WARPS, **early(normed))
     return out
 
 
