@@ -16,6 +16,7 @@ from torch import Tensor
 from zoo.contract import State
 from zoo.errors import ZooError
 from zoo.model import LanguageModel
+from zoo.ops.sample import pick
 
 if TYPE_CHECKING:
     from zoo.decoding import Recorded
@@ -70,18 +71,7 @@ def sample(logits: Tensor, draws: Tensor, sampling: Sampling, seen: Tensor | Non
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-    if sampling.top_k is not None:
-        ordered, ids = ordered[:, : sampling.top_k], ids[:, : sampling.top_k]
-    scaled = (ordered - ordered[:, :1]) / sampling.temperature
-    total = scaled.softmax(-1).cumsum(-1)
-    kept = 1 + (total[:, :-1] < sampling.top_p).sum(-1, keepdim=True)
-    if sampling.min_p > 0:
-        kept = kept.minimum((scaled.exp() >= sampling.min_p).sum(-1, keepdim=True))
-    # Inverse of the cumulative distribution; the last token kept is where rounding could step over the end.
-    at = draws.unsqueeze(-1) * total.gather(-1, kept - 1)
-    choice = torch.searchsorted(total, at, right=True).minimum(kept - 1)
-    return ids.gather(-1, choice).squeeze(-1)
+    return pick(logits, draws, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
 
 
 def row_generators(seed: int, positions: Sequence[int]) -> list[torch.Generator]:
