@@ -37,6 +37,12 @@ def _last(x: Tensor, state: State) -> State:
     return {"shift": x[:, -1].to(state["shift"].dtype, copy=True)}
 
 
+def _before(x: Tensor, state: State) -> Tensor | None:
+    """The token before x [B, T, D]; None where there is none in any row, which a sequence's kernels take."""
+    shift = state["shift"]
+    return shift if x.shape[1] == 1 or bool(shift.any()) else None
+
+
 def _ramp(dim: int) -> Tensor:
     """0, 1/D, ..., (D-1)/D: channels differ from the start, some take the token before, some do not."""
     return torch.arange(dim) / dim
@@ -65,7 +71,7 @@ class ChannelMix(SequenceMixer):
         return {"shift": torch.zeros(batch_size, self.mix.shape[1], device=device, dtype=dtype)}
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        return self._mixed(*token_mix(x, self.mix, previous=state["shift"])), _last(x, state)
+        return self._mixed(*token_mix(x, self.mix, previous=_before(x, state))), _last(x, state)
 
     def extend_normed(self, x: Tensor, y: Tensor | None, norm: nn.LayerNorm,
                       state: State) -> tuple[Tensor, Tensor, State]:
@@ -143,7 +149,7 @@ class TimeMix(SequenceMixer):
                 "wkv": torch.zeros(batch_size, heads, size, size, device=device)}
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, wkv = self._mixed(x, state["shift"], state["wkv"], None)
+        y, wkv = self._mixed(x, _before(x, state), state["wkv"], None)
         return y, _last(x, state) | {"wkv": wkv}
 
     def extend_normed(self, x: Tensor, y: Tensor | None, norm: nn.LayerNorm,
