@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._common import LOG2E, dot
+from zoo.kernels._common import INTERPRETED, LOG2E, dot
 from zoo.kernels.wkv6_parts import (
     LN2,
     LOG2LOG2E,
@@ -57,6 +57,16 @@ def to_middle(level: tl.constexpr, BT: tl.constexpr, OP: tl.constexpr):
     j = tl.arange(0, BT)[:, None]
     same = (i >> level) == (j >> level)
     return tl.where(same & tl.where((i >> level) % 2 == 1, j < i, j > i), 1.0, 0.0).to(OP)
+
+
+@triton.jit
+def times(a, b):
+    """a b, which no later sum can take for its own: until then both factors would be kept in registers."""
+    if INTERPRETED:
+        return a * b
+    else:
+        return tl.inline_asm_elementwise("mul.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True,
+                                         pack=1)
 
 
 @triton.jit
@@ -147,10 +157,11 @@ def _outputs(r, k, v, w, base, u, initial, borders, final, states, pairs, y, cu_
     elif initial is not None:
         b_state = tl.load(initial + (i_n * H + i_h) * K * V + o_state, mask=m_state, other=0.0).to(tl.float32)
     chunks = tl.cdiv(last - first, BT).to(tl.int32)
-    # what does not change from chunk to chunk is computed anew: registers are dearer. n >> 24 is 0, but who knows
+    # What does not change from chunk to chunk is computed anew, and addresses are not stepped: registers are dearer. A
+    # compiler cannot know that n >> 24 is 0.
     for n in tl.range(0, chunks, disable_licm=True):
         o_n = o_r + (n >> 24)
-        i_c = first // BT + n
+        i_c = first // BT + n + (n >> 24)
         o_c = i_c * BT
         left = tl.minimum(last - o_c, BT).to(tl.int32)
         m_tk = m_k[:, None] & (o_r < left)[None, :]
@@ -219,6 +230,8 @@ def _gradients(r, k, v, w, base, u, dy, states, pairs, dfinal, borders, dinitial
     o_state = o_k[:, None] * V + o_v[None, :]
     i = o_r[:, None]
     j = o_r[None, :]
+    bos += first
+    slot += first // BT
     start = (i_b * T + bos) * H + i_h
     r += i_b * r_b + bos * r_t + i_h * r_h
     k += i_b * k_b + bos * k_t + i_h * k_h
@@ -249,12 +262,13 @@ def _gradients(r, k, v, w, base, u, dy, states, pairs, dfinal, borders, dinitial
         b_dstate = tl.load(dfinal + (i_n * H + i_h) * K * V + o_state, mask=m_state, other=0.0).to(tl.float32)
     b_du = tl.zeros([BK], tl.float32)
     b_dbase = tl.zeros([BK], tl.float32)
-    chunks = tl.cdiv(last - first, BT).to(tl.int32)
-    for n in tl.range(0, chunks, disable_licm=True):  # as in _outputs
+    tokens = (last - first).to(tl.int32)
+    for n in tl.range(0, tl.cdiv(tokens, BT), disable_licm=True):  # as in _outputs
         o_n = o_r + (n >> 24)
-        i_c = first // BT + chunks - 1 - n
+        i_c = tl.cdiv(tokens, BT) - 1 - n + (n >> 24)
+        left = tl.minimum(tokens - i_c * BT, BT)
+        i_c = i_c.to(tl.int64)
         o_c = i_c * BT
-        left = tl.minimum(last - o_c, BT).to(tl.int32)
         m_tk = m_k[:, None] & (o_r < left)[None, :]
         m_tv = (o_r < left)[:, None] & m_v[None, :]
         b_dy = tl.load(dy + o_c * dy_t + o_n[:, None] * dy_t + o_v[None, :], mask=m_tv, other=0.0).to(OP)
@@ -282,12 +296,12 @@ def _gradients(r, k, v, w, base, u, dy, states, pairs, dfinal, borders, dinitial
         b_dv = dot(tl.trans((b_k * to_end).to(OP)), b_ds, tl.zeros([BT, BV], tl.float32), LONG)
         b_dv = dot(b_pairs, b_dy, b_dv, PRECISION)
         tl.store(dv + o_c * V + o_n[:, None] * (H * V) + o_v[None, :], b_dv.to(dv.dtype.element_ty), mask=m_tv)
-        b_dk = dot(b_ds, tl.trans(b_v), none, PRECISION) * to_end
+        b_dk = times(dot(b_ds, tl.trans(b_v), none, PRECISION), to_end)
         total = decay(tl.sum(own.to(tl.float32), 1), LOGS2)
         b_dw = none + (tl.sum(b_state.to(tl.float32) * b_dstate, 1) * total)[:, None]
         b_dw = sums(b_k * b_dk, tl.trans(after), b_dw, OP, EXACT, False)
         from_start = decay(sums(own, tl.trans(after), none, OP, EXACT, SPLIT), LOGS2)
-        b_dr = dot(b_state, tl.trans(b_dy), none, PRECISION) * from_start
+        b_dr = times(dot(b_state, tl.trans(b_dy), none, PRECISION), from_start)
         b_dw = sums(b_r * b_dr, after, b_dw, OP, EXACT, False)
         b_dstate = dot((b_r * from_start).to(OP), b_dy, b_dstate * total[:, None], PRECISION)
 

@@ -190,7 +190,7 @@ def _scan(borders, sums_, initial, cu_seqlens, L, pieces, documents, H, K, V,
 
 CONFIGS: dict[tuple[int, int], tuple[int, dict]] = {
     # (class of K, bytes of an operand): tokens of a chunk; then of each kernel: most BK, most BV, warps, stages
-    (64, 2): (32, {"walk": (64, 64, 4, 3), "outputs": (64, 64, 4, 2), "gradients": (64, 64, 4, 2)}),
+    (64, 2): (32, {"walk": (64, 64, 4, 3), "outputs": (64, 64, 4, 3), "gradients": (64, 64, 4, 2)}),
     (128, 2): (32, {"walk": (64, 64, 4, 3), "outputs": (128, 64, 8, 2), "gradients": (128, 64, 8, 2)}),
     (256, 2): (32, {"walk": (64, 64, 4, 3), "outputs": (256, 16, 8, 1), "gradients": (256, 16, 8, 1)}),
     (64, 4): (16, {"walk": (64, 64, 4, 2), "outputs": (64, 32, 4, 2), "gradients": (64, 32, 4, 2)}),
