@@ -11,7 +11,7 @@ is of is ever in memory. Backward, with dm_z = dy_z (x' - x) and dpre = dlow (1 
     ddown = G_0 + base (G_1 - G_0),    dbase = sum_c down (G_1 - G_0),    (G_0, G_1) = x^T (dpre_t, dpre_t+1)
 
 `inputs_kernel` has the sums over z, and writes x' - x; `up_kernel` has the first line, of segments of tokens, from that
-and dy; beside low_z it has a 1, which makes dmix a row of dup. It writes (dpre_t, dpre_t+1), 0 where another row or
+and dy, dmix by a product with ones. It writes (dpre_t, dpre_t+1), 0 where another row or
 document begins, or where channels are several blocks `pre_kernel` does; the rest is two products of cuBLAS with it.
 
 Memory is far: `inputs_kernel` asks for all it will read before it computes with any of it.
@@ -58,8 +58,8 @@ def matrix(p, o_i, o_j, N, M):
 
 
 @triton.jit
-def weights_kernel(p_base, p_down, p_w, D, C, BC: tl.constexpr, BD: tl.constexpr):
-    """W [2, C, D] of base [D], down [D, C]."""
+def weights_kernel(p_base, p_down, p_up, p_w, D, C, BC: tl.constexpr, BD: tl.constexpr):
+    """W [2, C, D] of base [D], down [D, C], and up [C, D] behind it."""
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     b_down = tl.trans(matrix(p_down, o_d, o_c, D, C)).to(tl.float32)
@@ -68,6 +68,7 @@ def weights_kernel(p_base, p_down, p_w, D, C, BC: tl.constexpr, BD: tl.constexpr
     to = p_w + o_c[:, None] * D + o_d[None, :]
     tl.store(to, ((1.0 - b_base) * b_down).to(p_w.dtype.element_ty), mask=m)
     tl.store(to + C * D, (b_base * b_down).to(p_w.dtype.element_ty), mask=m)
+    tl.store(to + 2 * C * D, matrix(p_up, o_c, o_d, C, D).to(p_w.dtype.element_ty), mask=m)
 
 
 @triton.jit(do_not_specialize=["N", "T", "documents"])
@@ -106,22 +107,26 @@ def parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, i_z: tl.constexpr):
 @triton.jit
 def mixing(b_low, b_up, b_mix, PRECISION: tl.constexpr):
     """m_z [BT, BD]."""
-    return dot(b_low, b_up.to(b_low.dtype), tl.zeros([b_low.shape[0], b_up.shape[1]], tl.float32), PRECISION) + b_mix
+    return dot(b_low, b_up, tl.zeros([b_low.shape[0], b_up.shape[1]], tl.float32), PRECISION) + b_mix
 
 
 @triton.jit(do_not_specialize=["N", "T", "documents"])
 def forward_kernel(p_x, p_mix, p_low, p_up, p_first, y0, y1, y2, y3, y4, N, T, D, R, documents, BT: tl.constexpr,
                    BD: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr):
     """All mixtures of a tile of tokens and channels."""
-    o_n = tl.program_id(0) * BT + tl.arange(0, BT)
-    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    blocks = tl.cdiv(D, BD)
+    o_n = tl.program_id(0) // blocks * BT + tl.arange(0, BT)
+    o_d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     o_r = tl.arange(0, BR)
+    read = (parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, 0), parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, 1),
+            parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, 2), parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, 3),
+            parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, 4))
     b_x, b_delta, _ = pair(p_x, p_first, o_n, o_d, N, T, D, documents)
     o_y = o_n.to(tl.int64)[:, None] * D + o_d[None, :]
     m_y = (o_n < N)[:, None] & (o_d < D)[None, :]
     for i_z in tl.static_range(Z):
         p_y = pick(y0, y1, y2, y3, y4, i_z)
-        b_low, b_up, b_mix = parts(p_mix, p_low, p_up, o_n, o_d, o_r, N, D, R, i_z)
+        b_low, b_up, b_mix = read[i_z]
         tl.store(p_y + o_y, (b_x + b_delta * mixing(b_low, b_up, b_mix, PRECISION)).to(p_y.dtype.element_ty), mask=m_y)
 
 
@@ -141,9 +146,10 @@ def moved(x, acc, BT: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr):
 def inputs_kernel(p_x, p_mix, p_low, p_up, p_first, dy0, dy1, dy2, dy3, dy4, p_delta, p_dx, N, T, D, R,
                   documents, BT: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr):
     """Of BT - 1 tokens x' - x [N, D], and dx but for the part of low."""
+    blocks = tl.cdiv(D, BD)
     o_i = tl.arange(0, BT)
-    o_n = tl.program_id(0) * (BT - 1) + o_i
-    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    o_n = tl.program_id(0) // blocks * (BT - 1) + o_i
+    o_d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     o_r = tl.arange(0, BR)
     OP: tl.constexpr = p_x.dtype.element_ty
     o_y = o_n.to(tl.int64)[:, None] * D + o_d[None, :]
@@ -171,12 +177,11 @@ def inputs_kernel(p_x, p_mix, p_low, p_up, p_first, dy0, dy1, dy2, dy3, dy4, p_d
 
 @triton.jit(do_not_specialize=["N", "T", "documents", "length"])
 def up_kernel(p_delta, dy0, dy1, dy2, dy3, dy4, p_low, p_up, p_first, p_dlow, p_dup, N, T, D, R, documents, length,
-              WHOLE: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr,
-              PRECISION: tl.constexpr):
+              WHOLE: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr):
     """Of a segment, one z and one block of channels: the segment's part of dup with dmix in row R [segments, 5, R + 1,
     D]; the block's part of dlow [blocks, N, 5 R], or if all channels are one block, (dpre_t, dpre_t+1) [N, 10 R]."""
     i_z, i_d, i_s = tl.program_id(0) % Z, tl.program_id(0) // Z, tl.program_id(1)
-    o_d, o_r, o_w = i_d * BD + tl.arange(0, BD), tl.arange(0, BR), tl.arange(0, BW)
+    o_d, o_r, o_w = i_d * BD + tl.arange(0, BD), tl.arange(0, BR), tl.arange(0, 16)
     OP: tl.constexpr = p_low.dtype.element_ty
     p_dy = dy0
     if i_z == 1:
@@ -190,20 +195,21 @@ def up_kernel(p_delta, dy0, dy1, dy2, dy3, dy4, p_low, p_up, p_first, p_dlow, p_
     p_low += i_z * R
     p_dlow += i_d * N.to(tl.int64) * (R * Z) + i_z * R
     b_up = matrix(p_up + i_z * R * D, o_r, o_d, R, D)
-    b_dup = tl.zeros([BW, BD], tl.float32)
+    b_dup = tl.zeros([BR, BD], tl.float32)
+    b_ones = (tl.zeros([16, BT], tl.float32) + 1.0).to(OP)  # 16 rows: as few as a product has
+    b_dmix = tl.zeros([16, BD], tl.float32)
     for i in range(i_s * length, tl.minimum((i_s + 1) * length, N), BT):
         o_n = i + tl.arange(0, BT)
         n = o_n.to(tl.int64)[:, None]
         m_r = (o_n < N)[:, None] & (o_r < R)[None, :]
         b_dy, b_delta = matrix(p_dy, o_n, o_d, N, D), matrix(p_delta, o_n, o_d, N, D)
         b_dm = (b_dy.to(tl.float32) * b_delta.to(tl.float32)).to(OP)
-        b_low = tl.load(p_low + n * (R * Z) + o_w[None, :], mask=(o_n < N)[:, None] & (o_w < R)[None, :], other=0.0)
-        b_low = tl.where((o_w == R)[None, :], 1.0, b_low.to(tl.float32)).to(OP)
+        b_low = tl.load(p_low + n * (R * Z) + o_r[None, :], mask=m_r, other=0.0)
         b_dup = dot(tl.trans(b_low), b_dm, b_dup, PRECISION)
+        b_dmix = dot(b_ones, b_dm, b_dmix, PRECISION)
         b_dlow = tl.trans(dot(b_up, tl.trans(b_dm), tl.zeros([BR, BT], tl.float32), PRECISION))
         if WHOLE:
-            b_low = tl.load(p_low + n * (R * Z) + o_r[None, :], mask=m_r, other=0.0).to(tl.float32)
-            b_dpre = b_dlow * (1.0 - b_low * b_low)
+            b_dpre = b_dlow * (1.0 - b_low.to(tl.float32) * b_low.to(tl.float32))
             begin = begins(p_first, o_n, N, T, documents)
             to = p_dlow + n * (2 * R * Z) + o_r[None, :]
             tl.store(to, b_dpre.to(OP), mask=m_r)
@@ -211,8 +217,9 @@ def up_kernel(p_delta, dy0, dy1, dy2, dy3, dy4, p_low, p_up, p_first, p_dlow, p_
             tl.store(to + R * Z, tl.zeros([BT, BR], OP), mask=m_r & (o_n + 1 == N)[:, None])
         else:
             tl.store(p_dlow + n * (R * Z) + o_r[None, :], b_dlow, mask=m_r)
-    to = p_dup + ((i_s * Z + i_z) * (R + 1) + o_w[:, None]).to(tl.int64) * D + o_d[None, :]
-    tl.store(to, b_dup, mask=(o_w <= R)[:, None] & (o_d < D)[None, :])
+    p_dup += (i_s * Z + i_z).to(tl.int64) * (R + 1) * D
+    tl.store(p_dup + o_r[:, None] * D + o_d[None, :], b_dup, mask=(o_r < R)[:, None] & (o_d < D)[None, :])
+    tl.store(p_dup + (R + o_w)[:, None] * D + o_d[None, :], b_dmix, mask=(o_w == 0)[:, None] & (o_d < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["N", "T", "documents"])
@@ -267,20 +274,22 @@ def down_kernel(p_g, p_base, p_down, p_dbase, p_ddown, D, C, BD: tl.constexpr, B
     tl.store(to, (b_here + b_base[:, None] * b_change).to(p_ddown.dtype.element_ty), mask=m)
 
 
-TILES = {"low": (128, 64, 8, 3), "forward": (64, 64, 8, 1), "inputs": (32, 128, 8, 1), "up": (64, 256, 8, 3)}
+TILES = {"low": (128, 64, 8, 3), "forward": (32, 128, 8, 1), "inputs": (32, 128, 8, 1), "up": (64, 256, 8, 3)}
 """Of each kernel: tokens, most channels of a program's tile, warps, stages. A multiprocessor has room for one `up`."""
+WIDE = TILES | {"low": (64, 64, 8, 2), "forward": (64, 64, 8, 1), "inputs": (32, 64, 4, 1), "up": (32, 256, 8, 4)}
+"""Where R is over 16."""
 LEAST = 256  # tokens whose part of dup one program adds up
 
 
 def tile(kernel: str, x: Tensor, R: int) -> dict:
     """The compile-time numbers and options of a launch."""
-    BT, BD, warps, stages = TILES[kernel]
+    BT, BD, warps, stages = (WIDE if R > 16 else TILES)[kernel]
     columns = {"BR": max(16, power_of_two(R))}
     if kernel == "up":
-        columns["BW"], BD = max(16, power_of_two(R + 1)), BD * 32 // max(32, columns["BR"])
+        BD = BD * 32 // max(32, columns["BR"])
     if kernel == "low":
         columns = {"BC": max(64, power_of_two(5 * R))}
-        BT = max(16, BT * 128 // max(128, columns["BC"]))
+        BT = min(BT, max(16, 128 * 128 // columns["BC"]))
     exact = x.dtype == torch.float32  # sums as long as these show that a tensor core rounds each step towards 0
     if exact:
         BT, BD, stages = 32, 128 if kernel == "up" else 32, 1
@@ -294,13 +303,13 @@ def segment(x: Tensor, N: int, blocks: int) -> int:
     return max(LEAST, 64 * cdiv(N, 64 * max(1, processors // blocks)))
 
 
-def both(base: Tensor, down: Tensor, dtype: torch.dtype) -> Tensor:
-    """base [D], down [D, 5 R] -> W [10 R, D]."""
+def weights(base: Tensor, down: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """base [D], down [D, 5 R], up [5, R, D] -> W [10 R, D], up [5 R, D]."""
     D, C = down.shape
-    w = torch.empty(2 * C, D, dtype=dtype, device=down.device)
+    w = torch.empty(3 * C, D, dtype=dtype, device=down.device)
     with torch.cuda.device_of(w):
-        weights_kernel[cdiv(C, 16), cdiv(D, 64)](base, down, w, D, C, BC=16, BD=64)
-    return w
+        weights_kernel[cdiv(C, 16), cdiv(D, 64)](base, down, up, w, D, C, BC=16, BD=64)
+    return w[: 2 * C], w[2 * C :]
 
 
 def forward(x: Tensor, base: Tensor, down: Tensor, mix: Tensor, up: Tensor,
@@ -311,11 +320,11 @@ def forward(x: Tensor, base: Tensor, down: Tensor, mix: Tensor, up: Tensor,
     if x.numel():
         first, documents = firsts(x, cu_seqlens)
         with torch.cuda.device_of(x):
+            w, up = weights(base, down, up, x.dtype)
             launch = tile("low", x, R)
-            low_kernel[(cdiv(N, launch["BT"]),)](x, both(base, down, x.dtype), first, low, N, T, D, 5 * R, documents,
-                                                 **launch)
+            low_kernel[(cdiv(N, launch["BT"]),)](x, w, first, low, N, T, D, 5 * R, documents, **launch)
             launch = tile("forward", x, R)
-            forward_kernel[cdiv(N, launch["BT"]), cdiv(D, launch["BD"])](
+            forward_kernel[(cdiv(N, launch["BT"]) * cdiv(D, launch["BD"]),)](
                 x, mix, low, up, first, *y, N, T, D, R, documents, **launch)
     return low, y
 
@@ -332,22 +341,22 @@ def backward(dy: list[Tensor], x: Tensor, base: Tensor, down: Tensor, mix: Tenso
     first, documents = firsts(x, cu_seqlens)
     delta, dpre = torch.empty_like(x), x.new_empty(N, 10 * R)
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
-        up_there = up.to(x.dtype)
+        w, up = weights(base, down, up, x.dtype)
         launch = tile("inputs", x, R)
-        inputs_kernel[cdiv(N, launch["BT"] - 1), cdiv(D, launch["BD"])](
-            x, mix, low, up_there, first, *dy, delta, dx, N, T, D, R, documents, **launch)
+        inputs_kernel[(cdiv(N, launch["BT"] - 1) * cdiv(D, launch["BD"]),)](
+            x, mix, low, up, first, *dy, delta, dx, N, T, D, R, documents, **launch)
         launch = tile("up", x, R)
         blocks = cdiv(D, launch["BD"])
         length = segment(x, N, 5 * blocks)
         sums = torch.empty(cdiv(N, length), 5, R + 1, D, dtype=torch.float32, device=x.device)
         dlow = dpre if blocks == 1 else torch.empty(blocks, N, 5 * R, dtype=torch.float32, device=x.device)
-        up_kernel[5 * blocks, len(sums)](delta, *dy, low, up_there, first, dlow, sums, N, T, D, R, documents, length,
+        up_kernel[5 * blocks, len(sums)](delta, *dy, low, up, first, dlow, sums, N, T, D, R, documents, length,
                                           WHOLE=blocks == 1, **launch)
         if blocks > 1:
             pre_kernel[(2 * cdiv(N, 32),)](low, dlow, first, dpre, N, T, 5 * R, documents, blocks, BT=32,
                                            BC=max(16, power_of_two(5 * R)))
         flat = dx.view(N, D)
-        torch.addmm(flat, dpre, both(base, down, x.dtype), out=flat)
+        torch.addmm(flat, dpre, w, out=flat)
         sum_kernel[5 * (R + 1), cdiv(D, 256)](sums, dup, dmix, D, R, len(sums), BS=32, BD=256, num_warps=8)
         down_kernel[(cdiv(D, 8),)](summed(x.view(N, D), dpre), base, down, dbase, ddown, D, 5 * R, BD=8,
                                    BC=power_of_two(5 * R))
