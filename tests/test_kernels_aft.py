@@ -103,6 +103,20 @@ def test_rising_keys(name: str, length: int, window: int, steps: dict[int, float
     check(name, given)
 
 
+@interpreted
+@pytest.mark.parametrize("name", OPS)
+def test_a_near_key_outweighs_a_larger_one(name: str) -> None:
+    """By its bias, in rows whose block has a level 150 above its own: 2^-150 is out of float32's range, what it is
+    multiplied to is not."""
+    given = inputs(name, 50, 3, batch=1, window=9)
+    t = torch.arange(50, device=DEVICE)
+    near = t.unsqueeze(1) - t < 8 if name == "full" else slice(None)
+    given["bias"][near] += 52
+    for at, height in ((6, 148.0), (30, 115.0), (35, 223.0)):
+        given["k"][:, at] += height
+    check(name, given)
+
+
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("lengths", [[5, 0, 17, 1], [0, 20, 0]])
 def test_documents_do_not_touch(name: str, lengths: list[int]) -> None:
