@@ -177,8 +177,11 @@ def summary_kernel(p_k_own, p_v_own, p_e, p_f, p_frequency, p_k, p_v, p_position
 
 
 def parts(rows: int, heads: int, room: int) -> int:
-    """Into how many parts to split a cache of `room` entries, a power of two: no more than fill the GPU."""
-    return 1 << (max(1, min(MOST_PARTS, room // ENTRIES, cdiv(PROGRAMS, rows * heads))).bit_length() - 1)
+    """Into how many parts to split a cache of `room` entries: no more than fill the GPU.
+
+    Rounded up: a part of one entry more than a tile holds would take twice as long.
+    """
+    return max(1, min(MOST_PARTS, cdiv(room, ENTRIES), cdiv(PROGRAMS, rows * heads)))
 
 
 def attention(qkv: Tensor, frequency: Tensor, k: Tensor, v: Tensor, position: Tensor, heads: int, S: int,
