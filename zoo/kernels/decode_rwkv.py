@@ -14,7 +14,7 @@ from torch import Tensor
 from zoo.kernels._common import cdiv, dot, power_of_two
 from zoo.kernels.decode import early, product, ready, summed_norm, tanh, tiles, warps, weight_tile
 
-MIXED_WARPS = 4  # 228 us a step at base, 238 with 8 and over 370 with 16 (H100, 2026-11-25)
+MIXED_WARPS = 4  # of one row: 228 us a step at base, 238 with 8 and over 370 with 16 (H100, 2026-11-25)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -160,7 +160,7 @@ def mixed(normed: Tensor, before: Tensor, low: Tensor, mix: Tensor, up: Tensor, 
     with torch.cuda.device_of(normed):
         mixed_kernel[4 * cdiv(D, BN) + cdiv(rank, BN), cdiv(B, BM)](
             normed, before, low, mix, up, decay, *weights, out, B, rank, D=D, R=R, BM=BM, BN=BN, BD=BD,
-            BR=max(16, power_of_two(R)), DOT=DOT, num_warps=MIXED_WARPS, **early(normed))
+            BR=max(16, power_of_two(R)), DOT=DOT, num_warps=8 if DOT else MIXED_WARPS, **early(normed))
     return out
 
 
