@@ -26,7 +26,7 @@ from zoo.model import LanguageModel
 
 BINS = 64  # of positions, at most
 AT_ONCE = {"cpu": 4096, "cuda": 65536}  # tokens that go through the model together, if it is not said how many
-PIECE = 1024  # tokens of a document that are read at a time, with its state carried on to the next
+PIECE = 1024  # tokens of a document, at least, that are read at a time, with its state carried on to the next
 Progress = Callable[[int, int], object]
 """Called with the tokens read so far, and how many there are to read."""
 
@@ -134,12 +134,13 @@ def read_windows(model: LanguageModel, tokens: np.ndarray, seq_len: int, stride:
 
 
 def read_carried(model: LanguageModel, tokens: np.ndarray, separator: int = 0, *, batch_tokens: int | None = None,
-                 piece: int = PIECE, bf16: bool = False, progress: Progress | None = None) -> Tally:
+                 piece: int | None = None, bf16: bool = False, progress: Progress | None = None) -> Tally:
     """The losses of tokens [n] by their position in their document, every document read with one state.
 
     Documents begin with a separator; the state before it is the empty one. They are read side by side, the long ones
-    first, in pieces of `piece` tokens. batch_tokens: at once, one document's piece at least; like `piece` it changes
-    rounding alone. Raises ZooError for a document past the model's limit.
+    first, in pieces of `piece` tokens; if None, of 1024, or more where few documents leave room. batch_tokens: at once,
+    one document's piece at least; like `piece` it changes rounding alone. Raises ZooError for a document past the
+    model's limit.
     """
     starts = np.flatnonzero(np.asarray(tokens) == separator)
     lengths = np.diff(starts, append=len(tokens)) - 1  # targets: a document's tokens, not the separator after it
@@ -147,10 +148,11 @@ def read_carried(model: LanguageModel, tokens: np.ndarray, separator: int = 0, *
         raise ZooError("there is no text to evaluate: carrying the state wants documents that begin with a separator")
     longest, device = int(lengths.max()), model.head.weight.device
     model.check_length(longest)
-    piece = min(piece, longest)
-    rows = max(1, (batch_tokens or at_once(device)) // piece)
     tally, done, order = Tally(longest, device), 0, np.argsort(-lengths, kind="stable")
     order = order[lengths[order] > 0]
+    together = batch_tokens or at_once(device)
+    rows = min(len(order), max(1, together // min(piece or PIECE, longest)))
+    piece = min(piece or max(PIECE, together // rows), longest)
     with reading(model, bf16):
         for first in range(0, len(order), rows):
             group = order[first:first + rows]
