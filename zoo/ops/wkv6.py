@@ -62,6 +62,7 @@ def wkv6_of(r: Tensor, k: Tensor, v: Tensor, d: Tensor, base: Tensor, u: Tensor,
 
     The sum and its exponential are float32 (float64 if given that), in the kernels' registers: d is read as it comes.
     With r, k, v of bf16 the kernels round the log decay to bf16, 2^-9 of itself (as wkv6 of a bf16 log_decay has it).
+    With d of bf16, too, a d that is not finite makes its channel NaN for 32 tokens, those before it among them.
     """
     if OF.chosen(r, r.shape[-1], v.shape[-1]):
         return wkv6_triton(r, k, v, d, u, initial_state, cu_seqlens, base)
