@@ -55,7 +55,7 @@ def test_values_and_gradients(T: int) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize(("D", "F"), [(64, 128), (104, 24), (8, 304), (72, 136)])
+@pytest.mark.parametrize(("D", "F"), [(64, 128), (100, 30), (7, 300)])
 def test_widths(D: int, F: int) -> None:
     check(inputs(40, D, F))
 
@@ -135,8 +135,7 @@ def test_lengths_on_a_gpu(T: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("D", "F"), [(128, 320), (512, 1280), (768, 1984), (104, 312), (64, 96), (8, 8), (100, 300),
-                                      (7, 1)])
+@pytest.mark.parametrize(("D", "F"), [(128, 320), (512, 1280), (768, 1984), (100, 300), (64, 96), (7, 1)])
 def test_widths_on_a_gpu(D: int, F: int) -> None:
     check(inputs(333, D, F))
 

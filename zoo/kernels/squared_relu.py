@@ -12,48 +12,49 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from zoo.kernels._common import cdiv, dot
 
 
-@triton.jit
-def product_kernel(d_a, d_b, d_h, d_y, D, F, BACK: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr,
-                   BD: tl.constexpr):
-    """y [N, F] = relu(a b^T)^2 of a [N, D], b [F, D]; BACK: a b 2 sqrt(h), b [D, F]. TMA reads zeros beyond an end."""
+@triton.jit(do_not_specialize=["N"])
+def product_kernel(p_a, p_b, p_h, p_y, N, D, F, b_d, b_f, BACK: tl.constexpr, EVEN: tl.constexpr, BT: tl.constexpr,
+                   BF: tl.constexpr, BD: tl.constexpr):
+    """y [N, F] = relu(a b)^2 of a [N, D], b [D, F]; BACK: a b 2 sqrt(h). EVEN: BD divides D."""
     blocks = tl.cdiv(F, BF)
-    i_n, i_f = tl.program_id(0) // blocks * BT, tl.program_id(0) % blocks * BF
+    o_n = (tl.program_id(0) // blocks).to(tl.int64) * BT + tl.arange(0, BT)
+    o_f = tl.program_id(0) % blocks * BF + tl.arange(0, BF)
+    m_n, m_f = (o_n < N)[:, None], (o_f < F)[None, :]
     b_y = tl.zeros([BT, BF], tl.float32)
     for i in range(0, D, BD):
-        b_a = d_a.load([i_n, i])
-        b_b = d_b.load([i, i_f]) if BACK else tl.trans(d_b.load([i_f, i]))
+        o_d = i + tl.arange(0, BD)
+        m_a, m_b = m_n, m_f
+        if not EVEN:
+            m_a = m_a & (o_d < D)[None, :]
+            m_b = m_b & (o_d < D)[:, None]
+        b_a = tl.load(p_a + o_n[:, None] * D + o_d[None, :], mask=m_a, other=0.0)
+        b_b = tl.load(p_b + o_d[:, None] * b_d + o_f[None, :] * b_f, mask=m_b, other=0.0)
         b_y = dot(b_a, b_b, b_y, "tf32")
+    o_y = o_n[:, None] * F + o_f[None, :]
     if BACK:
-        b_y *= 2.0 * tl.sqrt(d_h.load([i_n, i_f]).to(tl.float32))
+        b_h = tl.load(p_h + o_y, mask=m_n & m_f, other=0.0).to(tl.float32)
+        b_y *= 2.0 * tl.sqrt(b_h)
     else:
         b_y = tl.maximum(b_y, 0.0)
         b_y *= b_y
-    d_y.store([i_n, i_f], b_y.to(d_y.dtype))
+    tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=m_n & m_f)
 
 
 TILE = (128, 128, 64, 8, 3)  # tokens, columns, channels of a step, warps, stages
 
 
 def product(a: Tensor, b: Tensor, h: Tensor | None) -> Tensor:
-    """relu(a b^T)^2 of a [N, D], b [F, D]; with h [N, F] a b 2 sqrt(h), b [D, F]. Without gaps; D and F divide by 8."""
-    (N, D), F = a.shape, b.shape[h is not None]
+    """relu(a b)^2, or with h a b 2 sqrt(h), of a [N, D] without gaps and b [D, F], rows or columns side by side."""
+    (N, D), F = a.shape, b.shape[1]
     BT, BF, BD, warps, stages = TILE
     y = a.new_empty(N, F)
     if y.numel():
-        d_y = described(y, BT, BF)
         with torch.cuda.device_of(a):
             product_kernel[(cdiv(N, BT) * cdiv(F, BF),)](
-                described(a, BT, BD), described(b, BF, BD) if h is None else described(b, BD, BF),
-                d_y if h is None else described(h, BT, BF), d_y, D, F, BACK=h is not None, BT=BT, BF=BF, BD=BD,
-                num_warps=warps, num_stages=stages)
+                a, b, a if h is None else h, y, N, D, F, *b.stride(), BACK=h is not None, EVEN=D % BD == 0, BT=BT,
+                BF=BF, BD=BD, num_warps=warps, num_stages=stages)
     return y
-
-
-def described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """x for TMA in tiles; it wants addresses that divide by 16."""
-    return TensorDescriptor.from_tensor(x if x.data_ptr() % 16 == 0 else x.clone(), [rows, columns])

@@ -12,13 +12,12 @@ from zoo.ops.squared_relu_triton import KERNEL, squared_relu_triton
 def squared_relu(x: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
     """x [..., D], inner [F, D], outer [D, F] -> [..., D]: two products as autocast has them, the square between them.
 
-    bf16, and under autocast of it everything, has kernels, for D and F that divide by 8: they keep h = relu(W x)^2 and
-    not W x, and end the products forward and back with the activation.
+    bf16, and under autocast of it everything, has kernels: they keep h = relu(W x)^2 and not W x, and end the products
+    forward and back with the activation.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x, inner, outer = (each.to(torch.get_autocast_dtype(device)) for each in (x, inner, outer))
-    fits = x.dtype == inner.dtype == outer.dtype == torch.bfloat16 and all(size % 8 == 0 for size in inner.shape)
-    if fits and KERNEL.chosen(x, *inner.shape):
+    if x.dtype == inner.dtype == outer.dtype == torch.bfloat16 and KERNEL.chosen(x, *inner.shape):
         return squared_relu_triton(x, inner, outer)
     return F.linear(F.linear(x, inner).relu().square(), outer)

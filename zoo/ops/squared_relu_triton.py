@@ -20,7 +20,7 @@ def _forward(x: Tensor, inner: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
     from zoo.kernels.squared_relu import product
 
     with torch.autocast(x.device.type, enabled=False):
-        h = product(x, inner, None)
+        h = product(x, inner.mT, None)
         return torch.mm(h, outer.mT), h
 
 
