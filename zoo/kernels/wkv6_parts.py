@@ -251,11 +251,11 @@ class Pieces:
 
 
 def segments(r: Tensor, blocks: int, cu_seqlens: Tensor | None, BT: int) -> Pieces:
-    """As many segments as keep the GPU busy, of whole chunks; two would take as long, in two walks, as one in one."""
+    """As many segments as keep the GPU busy, of whole chunks."""
     B, T, H, _ = r.shape
     wanted = PROGRAMS * (torch.cuda.get_device_properties(r.device).multi_processor_count if r.is_cuda else 4)
     pieces = max(1, min(wanted // (B * H * blocks), T // (SEGMENT if r.is_cuda else 32)))
-    return Pieces(r, cu_seqlens, max(1, -(-T // (BT * (pieces if pieces > 2 else 1)))) * BT)
+    return Pieces(r, cu_seqlens, max(1, -(-T // (BT * pieces))) * BT)
 
 
 def cut(a: Tensor, b: Tensor, w: Tensor, base: Tensor | None, initial: Tensor | None, ends: Tensor,
