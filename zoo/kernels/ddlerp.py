@@ -11,7 +11,7 @@ is of is ever in memory. Backward, with dm_z = dy_z (x' - x) and dpre = dlow (1 
     ddown = G_0 + base (G_1 - G_0),    dbase = sum_c down (G_1 - G_0),    (G_0, G_1) = x^T (dpre_t, dpre_t+1)
 
 `inputs_kernel` has the sums over z, and writes x' - x; `up_kernel` has the first line, of segments of tokens, from that
-and dy, dmix by a product with ones. It writes (dpre_t, dpre_t+1), 0 where another row or
+and dy; dmix is a product with ones. It writes (dpre_t, dpre_t+1), 0 where another row or
 document begins, or where channels are several blocks `pre_kernel` does; the rest is two products of cuBLAS with it.
 
 Memory is far: `inputs_kernel` asks for all it will read before it computes with any of it.
@@ -177,11 +177,13 @@ def inputs_kernel(p_x, p_mix, p_low, p_up, p_first, dy0, dy1, dy2, dy3, dy4, p_d
 
 @triton.jit(do_not_specialize=["N", "T", "documents", "length"])
 def up_kernel(p_delta, dy0, dy1, dy2, dy3, dy4, p_low, p_up, p_first, p_dlow, p_dup, N, T, D, R, documents, length,
-              WHOLE: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr):
+              WHOLE: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr,
+              PRECISION: tl.constexpr):
     """Of a segment, one z and one block of channels: the segment's part of dup with dmix in row R [segments, 5, R + 1,
     D]; the block's part of dlow [blocks, N, 5 R], or if all channels are one block, (dpre_t, dpre_t+1) [N, 10 R]."""
     i_z, i_d, i_s = tl.program_id(0) % Z, tl.program_id(0) // Z, tl.program_id(1)
-    o_d, o_r, o_w = i_d * BD + tl.arange(0, BD), tl.arange(0, BR), tl.arange(0, 16)
+    o_d, o_r, o_w = i_d * BD + tl.arange(0, BD), tl.arange(0, BR), tl.arange(0, BW)
+    BESIDE: tl.constexpr = BR < 32  # a 1 beside low; where that makes 64 columns, a product with 16 rows of ones
     OP: tl.constexpr = p_low.dtype.element_ty
     p_dy = dy0
     if i_z == 1:
@@ -195,21 +197,28 @@ def up_kernel(p_delta, dy0, dy1, dy2, dy3, dy4, p_low, p_up, p_first, p_dlow, p_
     p_low += i_z * R
     p_dlow += i_d * N.to(tl.int64) * (R * Z) + i_z * R
     b_up = matrix(p_up + i_z * R * D, o_r, o_d, R, D)
-    b_dup = tl.zeros([BR, BD], tl.float32)
-    b_ones = (tl.zeros([16, BT], tl.float32) + 1.0).to(OP)  # 16 rows: as few as a product has
-    b_dmix = tl.zeros([16, BD], tl.float32)
+    b_dup = tl.zeros([BW if BESIDE else BR, BD], tl.float32)
+    if not BESIDE:
+        b_ones = (tl.zeros([BW, BT], tl.float32) + 1.0).to(OP)
+        b_dmix = tl.zeros([BW, BD], tl.float32)
     for i in range(i_s * length, tl.minimum((i_s + 1) * length, N), BT):
         o_n = i + tl.arange(0, BT)
         n = o_n.to(tl.int64)[:, None]
         m_r = (o_n < N)[:, None] & (o_r < R)[None, :]
         b_dy, b_delta = matrix(p_dy, o_n, o_d, N, D), matrix(p_delta, o_n, o_d, N, D)
         b_dm = (b_dy.to(tl.float32) * b_delta.to(tl.float32)).to(OP)
-        b_low = tl.load(p_low + n * (R * Z) + o_r[None, :], mask=m_r, other=0.0)
-        b_dup = dot(tl.trans(b_low), b_dm, b_dup, PRECISION)
-        b_dmix = dot(b_ones, b_dm, b_dmix, PRECISION)
+        if BESIDE:
+            b_low = tl.load(p_low + n * (R * Z) + o_w[None, :], mask=(o_n < N)[:, None] & (o_w < R)[None, :], other=0.0)
+            b_low = tl.where((o_w == R)[None, :], 1.0, b_low.to(tl.float32)).to(OP)
+            b_dup = dot(tl.trans(b_low), b_dm, b_dup, PRECISION)
+        else:
+            b_low = tl.load(p_low + n * (R * Z) + o_r[None, :], mask=m_r, other=0.0)
+            b_dup = dot(tl.trans(b_low), b_dm, b_dup, PRECISION)
+            b_dmix = dot(b_ones, b_dm, b_dmix, PRECISION)
         b_dlow = tl.trans(dot(b_up, tl.trans(b_dm), tl.zeros([BR, BT], tl.float32), PRECISION))
         if WHOLE:
-            b_dpre = b_dlow * (1.0 - b_low.to(tl.float32) * b_low.to(tl.float32))
+            b_own = tl.load(p_low + n * (R * Z) + o_r[None, :], mask=m_r, other=0.0).to(tl.float32)
+            b_dpre = b_dlow * (1.0 - b_own * b_own)
             begin = begins(p_first, o_n, N, T, documents)
             to = p_dlow + n * (2 * R * Z) + o_r[None, :]
             tl.store(to, b_dpre.to(OP), mask=m_r)
@@ -217,9 +226,13 @@ def up_kernel(p_delta, dy0, dy1, dy2, dy3, dy4, p_low, p_up, p_first, p_dlow, p_
             tl.store(to + R * Z, tl.zeros([BT, BR], OP), mask=m_r & (o_n + 1 == N)[:, None])
         else:
             tl.store(p_dlow + n * (R * Z) + o_r[None, :], b_dlow, mask=m_r)
-    p_dup += (i_s * Z + i_z).to(tl.int64) * (R + 1) * D
-    tl.store(p_dup + o_r[:, None] * D + o_d[None, :], b_dup, mask=(o_r < R)[:, None] & (o_d < D)[None, :])
-    tl.store(p_dup + (R + o_w)[:, None] * D + o_d[None, :], b_dmix, mask=(o_w == 0)[:, None] & (o_d < D)[None, :])
+    if BESIDE:
+        to = p_dup + ((i_s * Z + i_z) * (R + 1) + o_w[:, None]).to(tl.int64) * D + o_d[None, :]
+        tl.store(to, b_dup, mask=(o_w <= R)[:, None] & (o_d < D)[None, :])
+    else:
+        p_dup += (i_s * Z + i_z).to(tl.int64) * (R + 1) * D
+        tl.store(p_dup + o_r[:, None] * D + o_d[None, :], b_dup, mask=(o_r < R)[:, None] & (o_d < D)[None, :])
+        tl.store(p_dup + (R + o_w)[:, None] * D + o_d[None, :], b_dmix, mask=(o_w == 0)[:, None] & (o_d < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["N", "T", "documents"])
@@ -286,6 +299,7 @@ def tile(kernel: str, x: Tensor, R: int) -> dict:
     BT, BD, warps, stages = (WIDE if R > 16 else TILES)[kernel]
     columns = {"BR": max(16, power_of_two(R))}
     if kernel == "up":
+        columns["BW"] = max(16, power_of_two(R + 1)) if columns["BR"] < 32 else 16
         BD = BD * 32 // max(32, columns["BR"])
     if kernel == "low":
         columns = {"BC": max(64, power_of_two(5 * R))}

@@ -61,7 +61,7 @@ def gradient_kernel(dy0, dy1, dy2, dy3, x0, x1, x2, x3, p_dw, N, F, D, length, B
     tl.store(to, b_dw, mask=(o_f < F)[:, None] & m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])
 def sum_kernel(p_parts, w0, w1, w2, w3, SIZE, segments, BLOCK: tl.constexpr):
     """Parts [segments, 4, SIZE] added up, each layer's to its own place."""
     i_z = tl.program_id(1)
