@@ -125,7 +125,7 @@ def test_help_is_quick() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     done = subprocess.run([Path(sys.executable).with_name("zoo"), "--help"], capture_output=True, text=True)
     assert done.returncode == 0
-    for command in ("list", "doctor", "generate", "export", "report", "bench"):
+    for command in ("list", "doctor", "generate", "eval", "recall", "export", "reproduce", "report", "bench"):
         assert f"  {command} " in done.stdout
     assert "...\n" not in done.stdout.partition("Commands:")[2]  # what each one does is said within a line
 
