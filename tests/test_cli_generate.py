@@ -138,15 +138,17 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_session(tmp_path: Path) -> None:
 
     def read_until(wanted: bytes, pressing: bytes = b"") -> None:
         got, until = b"", time.monotonic() + 100
+        os.write(terminal, pressing)
         while wanted not in got:
             assert time.monotonic() < until, got
-            os.write(terminal, pressing)
-            if select.select([terminal], [], [], 2.0 if pressing else 0.1)[0]:
+            if select.select([terminal], [], [], 5)[0]:
                 got += os.read(terminal, 4096)
+            else:
+                os.write(terminal, pressing)
 
     with child:
         read_until(b"> ")
-        # Nothing to stop: another line. Pressed again if need be, as `input` misses a signal just before it waits.
+        # Nothing to stop: another line. Pressed again after a silence, as `input` misses a signal just before it waits.
         read_until(b"> ", pressing=b"\x03")
         os.write(terminal, b"first\n")
         read_until(b"first\r\n")
