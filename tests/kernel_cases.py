@@ -70,6 +70,14 @@ def outputs_and_gradients(function: Function, inputs: Mapping[str, Tensor], seed
     return found | {f"d{name}": x.grad for name, x in leaves.items() if x.grad is not None}
 
 
+def eager_and_compiled(function: Function, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the kernels give under bf16 autocast, called as they are, and in one graph of `torch.compile`."""
+    device = next(iter(inputs.values())).device.type
+    with use_backend("triton"), torch.autocast(device, dtype=torch.bfloat16):
+        return (outputs_and_gradients(function, inputs),
+                outputs_and_gradients(torch.compile(function, fullgraph=True, backend="aot_eager"), inputs))
+
+
 def relative_error(x: Tensor, exact: Tensor) -> float:
     """||x - exact|| / ||exact||; NaN anywhere is an infinite error."""
     error = float((x.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30))

@@ -12,6 +12,7 @@ from kernel_cases import (
     LENGTHS,
     SHORT_LENGTHS,
     check_against_float64,
+    eager_and_compiled,
     interpreted,
     outputs_and_gradients,
 )
@@ -198,9 +199,7 @@ def test_the_operator_is_registered_as_it_should_be() -> None:
 
 def test_compiled_equals_eager() -> None:
     given = {name: x.float() for name, x in inputs(17, B=1).items()}
-    with use_backend("triton"), torch.autocast(DEVICE, dtype=torch.bfloat16):
-        eager = outputs_and_gradients(attend, given)
-        compiled = outputs_and_gradients(torch.compile(attend, fullgraph=True, backend="aot_eager"), given)
+    eager, compiled = eager_and_compiled(attend, given)
     for name in eager:
         torch.testing.assert_close(compiled[name], eager[name])
 

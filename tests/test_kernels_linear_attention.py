@@ -12,6 +12,7 @@ from kernel_cases import (
     LENGTHS,
     SHORT_LENGTHS,
     check_against_float64,
+    eager_and_compiled,
     interpreted,
     outputs_and_gradients,
 )
@@ -184,9 +185,7 @@ def test_the_operator_is_registered_as_it_should_be() -> None:
 
 def test_compiled_equals_eager() -> None:
     given = {name: x.float() for name, x in inputs(17, B=1).items()}
-    with use_backend("triton"), torch.autocast(DEVICE, dtype=torch.bfloat16):
-        eager = outputs_and_gradients(linear_attention, given)
-        compiled = outputs_and_gradients(torch.compile(linear_attention, fullgraph=True, backend="aot_eager"), given)
+    eager, compiled = eager_and_compiled(linear_attention, given)
     for name in eager:
         torch.testing.assert_close(compiled[name], eager[name])
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import LENGTHS, check_against_float64, compilations, interpreted, outputs_and_gradients
+from kernel_cases import (
+    LENGTHS,
+    check_against_float64,
+    compilations,
+    eager_and_compiled,
+    interpreted,
+    outputs_and_gradients,
+)
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -100,9 +107,7 @@ def test_the_operator_is_registered_as_it_should_be() -> None:
 
 def test_compiled_equals_eager() -> None:
     given = {name: x.float() for name, x in inputs(17).items()}
-    with use_backend("triton"), torch.autocast(DEVICE, dtype=torch.bfloat16):
-        eager = outputs_and_gradients(op, given)
-        compiled = outputs_and_gradients(torch.compile(op, fullgraph=True, backend="aot_eager"), given)
+    eager, compiled = eager_and_compiled(op, given)
     assert eager["0"].dtype == torch.bfloat16
     assert all(torch.equal(compiled[name], eager[name]) for name in eager)
 

@@ -9,6 +9,7 @@ from kernel_cases import (
     SHORT_LENGTHS,
     check_against_float64,
     compilations,
+    eager_and_compiled,
     interpreted,
     outputs_and_gradients,
 )
@@ -112,9 +113,7 @@ def test_the_operator_is_registered_as_it_should_be() -> None:
 
 def test_compiled_equals_eager() -> None:
     given = {name: x.float() for name, x in inputs(17).items()}
-    with use_backend("triton"), torch.autocast(DEVICE, dtype=torch.bfloat16):
-        eager = outputs_and_gradients(squared_relu, given)
-        compiled = outputs_and_gradients(torch.compile(squared_relu, fullgraph=True, backend="aot_eager"), given)
+    eager, compiled = eager_and_compiled(squared_relu, given)
     assert eager["0"].dtype == torch.bfloat16
     assert all(torch.equal(compiled[name], eager[name]) for name in eager)
 

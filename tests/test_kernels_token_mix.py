@@ -10,6 +10,7 @@ from kernel_cases import (
     SHORT_LENGTHS,
     check_against_float64,
     compilations,
+    eager_and_compiled,
     interpreted,
     outputs_and_gradients,
 )
@@ -218,9 +219,7 @@ def test_the_operators_are_registered_as_they_should_be() -> None:
 def test_compiled_equals_eager(documents: bool, R: int) -> None:
     given = {name: x.float() if x.is_floating_point() else x for name, x in
              (packed(17, 4, 9, R=R) if documents else inputs(17, R=R)).items()}
-    with use_backend("triton"), torch.autocast(DEVICE, dtype=torch.bfloat16):
-        eager = outputs_and_gradients(op, given)
-        compiled = outputs_and_gradients(torch.compile(op, fullgraph=True, backend="aot_eager"), given)
+    eager, compiled = eager_and_compiled(op, given)
     assert eager["0"].dtype == torch.bfloat16
     assert all(torch.equal(compiled[name], eager[name]) for name in eager)
 

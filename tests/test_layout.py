@@ -19,8 +19,8 @@ def layer(module: str) -> int:
     name = parts[1] if len(parts) > 1 else ""
     ground = {"errors": 0, "files": 0, "revision": 0, "tokenizers": 0, "kernels": 0, "ops": 1, "contract": 2,
               "layers": 2, "mixers": 3, "data": 4, "model": 4, "sizing": 4, "sampling": 4, "pretrained": 4, "hf": 4,
-              "evaluate": 4, "decoding": 4, "training": 5, "cli": 7}
-    return 7 if parts[0] == "train" else ground.get(name, 6)
+              "evaluate": 4, "decoding": 4, "training": 5}
+    return 7 if parts[0] == "train" or name.partition("_")[0] == "cli" else ground.get(name, 6)
 
 
 def imported(path: Path) -> set[str]:

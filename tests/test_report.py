@@ -22,9 +22,10 @@ from zoo.errors import ZooError
 from zoo.report.contents import learning
 from zoo.report.protocol import RULES, check
 from zoo.report.ranking import Spread, at_cost, by_position, curve, labelled, rank
-from zoo.report.runs import Refusal, Run, find_runs, read_run, shown_command
+from zoo.report.runs import Refusal, Run, find_runs, read_run
 from zoo.report.words import memory
 from zoo.report.write import COLUMNS, write_report
+from zoo.revision import shown_command
 from zoo.training.metrics import read_rows
 
 SIDES = [("transformer", 1, 3e-3), ("transformer", 2, 3e-3), ("transformer", 1, 1e-3), ("rwkv", 1, 3e-3),

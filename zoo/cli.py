@@ -7,15 +7,13 @@ import os
 import sys
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from zoo import cli_decode, cli_eval, cli_generate
+from zoo.cli_values import Device, console, listed, read_bytes, read_table, whole, write
 from zoo.errors import ZooError
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 UsageError: Any = typer.BadParameter.__base__  # click's, or that of the copy of click inside newer versions of typer
 
@@ -23,8 +21,6 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
                   help="Efficient language-model architectures: list, measure, sample, save.")
 bench = typer.Typer(no_args_is_help=True, help="Measure speed.")
 app.add_typer(bench, name="bench")
-
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one.")]
 
 
 @app.command("list")
@@ -41,7 +37,7 @@ def list_command() -> None:
         table.add_column(column, overflow="fold")
     for fact in map(facts, zoo.list_models()):
         table.add_row(fact.name, fact.summary, fact.paper, fact.complexity, *map(_bytes, fact.state_bytes))
-    _console().print(table)
+    console().print(table)
     names = zoo.list_pretrained()
     print("Published models: " + (", ".join(names) or "none in this copy"))
 
@@ -157,26 +153,26 @@ def bench_train(
 
     place = find_device(device)
     on_cpu = place.type == "cpu"
-    console, rows = _console(), list[train.Row]()
-    before = _read(csv) if csv is not None and csv.is_file() else ""
+    rows = list[train.Row]()
+    before = read_table(csv)
     train.to_csv([], before)
-    lengths = [_whole("seq-len", part) for part in _listed(seq_len)] or [256 if on_cpu else 1024]
-    for shape, length in product(_listed(size) or ["nano" if on_cpu else "small"], lengths):
-        with Progress(console=_console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    lengths = whole("seq-len", seq_len) or [256 if on_cpu else 1024]
+    for shape, length in product(listed(size) or ["nano" if on_cpu else "small"], lengths):
+        with Progress(console=console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
             task = bar.add_task(f"training {shape}, T={length}", total=1.0)
             found, left_out = train.bench_train(
-                _listed(models) or None, device=place, size=shape, seq_len=length,
+                listed(models) or None, device=place, size=shape, seq_len=length,
                 batch_tokens=batch_tokens or (2048 if on_cpu else 65536), budget=seconds,
                 peers=not on_cpu and weights == "fresh" if peers is None else peers, weights=weights,
-                text=_bytes_of(text) if text is not None else None,
+                text=read_bytes(text) if text is not None else None,
                 progress=lambda done, bar=bar, task=task: bar.update(task, completed=done))  # type: ignore[misc]
-        console.print(train.table(found, place))
+        console().print(train.table(found, place))
         for name, reason in left_out.items():
             print(f"left out: {name}: {reason}")
         sys.stdout.flush()
         rows += found
         if csv is not None:
-            _write(csv, train.to_csv(rows, before))
+            write(csv, train.to_csv(rows, before))
 
 
 @bench.command("ops")
@@ -202,9 +198,9 @@ def bench_ops(
     from zoo.revision import source_commit
     from zoo.training.hardware import device_name
 
-    place, names, console = find_device(device), _listed(ops), _console()
-    wanted = [_whole("lengths", part) for part in _listed(lengths)]
-    before = _read(csv) if csv is not None and csv.is_file() else ""
+    place, names = find_device(device), listed(ops)
+    wanted = whole("lengths", lengths)
+    before = read_table(csv)
     if plot is not None:
         report.check_plot(plot)
     rows: list[measuring.Row] = []
@@ -213,23 +209,23 @@ def bench_ops(
     def keep(more: list[measuring.Row]) -> None:
         rows.extend(more)
         if csv is not None:
-            _write(csv, report.to_csv(rows, place, before=before, commit=commit))
+            write(csv, report.to_csv(rows, place, before=before, commit=commit))
 
     keep([])
-    with Progress(console=_console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    with Progress(console=console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("ceilings", total=1.0)
         ceilings = measuring.measure_ceilings(place)
         for found in measuring.bench_ops(names or None, device=place, lengths=wanted or None, peers=peers,
                                          budget=seconds, tuning=tuning, workers=workers, limit=limit, keep=keep,
                                          progress=lambda op, done: bar.update(task, description=op, completed=done)):
             if found.rows:
-                console.print(report.table(found, ceilings))
+                console().print(report.table(found, ceilings))
             for line in report.left_out(found):
                 print(line)
             sys.stdout.flush()
     if plot is not None:
-        whole = report.to_csv(rows, place, before=before, commit=commit)
-        report.plot(report.from_csv(whole, report.gpu_name(place)), plot, f"Ops of the zoo on {device_name(place)}")
+        kept = report.to_csv(rows, place, before=before, commit=commit)
+        report.plot(report.from_csv(kept, report.gpu_name(place)), plot, f"Ops of the zoo on {device_name(place)}")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -254,42 +250,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def _refuse(message: str) -> int:
     print("error:", " ".join(message.split()), file=sys.stderr)
     return 2
-
-
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",")] if text else []
-
-
-def _whole(what: str, text: str) -> int:
-    if not text.isdecimal():
-        raise ZooError(f"{what}: {text!r} is not allowed: whole numbers with commas between")
-    return int(text)
-
-
-def _read(path: Path) -> str:
-    return _bytes_of(path).decode(errors="replace")
-
-
-def _bytes_of(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ZooError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise ZooError(f"cannot write {path}: {error.strerror}") from None
-
-
-def _console(*, stderr: bool = False) -> Console:
-    """A terminal as wide as it is; files and pipes get lines long enough for any table."""
-    from rich.console import Console
-
-    stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else 160, highlight=False)
 
 
 def _bytes(count: int) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from zoo.errors import ZooError
+from zoo.cli_values import Device, console, listed, read_table, whole, write
 
 
 def register(bench: typer.Typer) -> None:
@@ -18,7 +18,7 @@ def register(bench: typer.Typer) -> None:
 
 
 def decode(
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one.")] = "auto",
+    device: Device = "auto",
     size: Annotated[str, typer.Option(help="With commas; nano on a CPU, base on a GPU if not given.")] = "",
     batch: Annotated[str, typer.Option(help="Rows decoded together, with commas.")] = "1",
     context: Annotated[str, typer.Option(help="Tokens read before, with commas; 128,1024 on a CPU, 128 to 65536 on a "
@@ -30,7 +30,6 @@ def decode(
     csv: Annotated[Path | None, typer.Option(help="Write the rows into this file, too; its other rows stay.")] = None,
 ) -> None:
     """Greedy tokens/s of the architectures behind a context, interleaved in one process."""
-    from rich.console import Console
     from rich.progress import Progress
 
     from zoo.bench import decode as measuring
@@ -39,46 +38,24 @@ def decode(
 
     place = find_device(device)
     on_cpu = place.type == "cpu"
-    contexts = _whole("context", context) or ([128, 1024] if on_cpu else [128, 1024, 4096, 16384, 65536])
-    sizes = [part.strip() for part in size.split(",")] if size else ["nano" if on_cpu else "base"]
-    names = [part.strip() for part in models.split(",")] if models else None
-    before = _read(csv) if csv is not None and csv.is_file() else ""
+    contexts = whole("context", context) or ([128, 1024] if on_cpu else [128, 1024, 4096, 16384, 65536])
+    sizes = listed(size) or ["nano" if on_cpu else "base"]
+    names = listed(models) or None
+    before = read_table(csv)
     rows: list[measuring.Row] = []
     measuring.to_csv(rows, before)  # a file of another kind is refused before anything is measured
     bandwidth = measure_ceilings(place).bytes
-    terminal = sys.stdout.isatty()
-    for shape, count, length in product(sizes, _whole("batch", batch), contexts):
-        with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    for shape, count, length in product(sizes, whole("batch", batch), contexts):
+        with Progress(console=console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
             task = bar.add_task(f"decoding {shape}, batch {count}, context {length}", total=1.0)
             found, left_out = measuring.bench_decode(
                 names, device=place, size=shape, batch=count, context=length, budget=seconds, eager=eager,
                 peers=not on_cpu if peers is None else peers,
                 progress=lambda done, bar=bar, task=task: bar.update(task, completed=done))  # type: ignore[misc]
-        Console(width=None if terminal else 160, highlight=False).print(measuring.table(found, place, bandwidth))
+        console().print(measuring.table(found, place, bandwidth))
         for name, reason in left_out.items():
             print(f"left out: {name}: {reason}")
         sys.stdout.flush()
         rows += found
         if csv is not None:
-            _write(csv, measuring.to_csv(rows, before))
-
-
-def _whole(option: str, text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")] if text else []
-    if wrong := [part for part in parts if not part.isdecimal()]:
-        raise ZooError(f"{option}: {wrong[0]!r} is not allowed: whole numbers with commas between")
-    return [int(part) for part in parts]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError as error:
-        raise ZooError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise ZooError(f"cannot write {path}: {error.strerror}") from None
+            write(csv, measuring.to_csv(rows, before))

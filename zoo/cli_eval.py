@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from zoo.cli_values import Device, console, listed, whole
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from zoo.evaluation import Excerpt, Reading
     from zoo.pretrained import PretrainedModel
     from zoo.recall import Result
@@ -43,7 +42,7 @@ def eval_command(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many documents of a task.")] = None,
     cache: Annotated[str | None, typer.Option(help="Where prepared tokens are kept; ~/.cache/zoo if not said.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write everything into this file.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Measure a model on a text, or on tasks.
 
@@ -57,7 +56,7 @@ def eval_command(
         raise ZooError("nothing to measure on is given; allowed: --data NAME, --tasks NAMES, or both")
     if json is not None and not json.parent.is_dir():  # before anything is measured
         raise ZooError(f"cannot write {json}: no such folder")
-    sizes, strides = _whole("--lengths", lengths), _whole("--stride", stride)
+    sizes, strides = whole("--lengths", lengths), whole("--stride", stride)
     loaded = load_pretrained(model, device=find_device(device))
     precision, place = "bf16" if bf16 else "float32", str(loaded.head.weight.device)
     headline = (f"{model}: {loaded.num_parameters():,} parameters, trained at T={loaded.config.seq_len}; "
@@ -68,12 +67,12 @@ def eval_command(
         what = "all" if data == "text" else f"the {split} split"
         print(f"{headline}\n{what} of {data}{f', its first {tokens:,} tokens' if tokens else ''}: {excerpt.bytes:,} "
               f"bytes, {excerpt.words:,} words, {readings[0].found.tokens:,} tokens")
-        _console().print(_table(readings), _by_position(readings))
+        console().print(_table(readings), _by_position(readings))
         found |= {"data": excerpt.about, "readings": [reading.to_dict() for reading in readings]}
     if tasks:
         from zoo.harness import run_tasks
 
-        results = run_tasks(loaded, [name.strip() for name in tasks.split(",")], folder=task_folder, fewshot=fewshot,
+        results = run_tasks(loaded, listed(tasks), folder=task_folder, fewshot=fewshot,
                             limit=limit, max_length=sizes[0] if sizes else None, batch_tokens=batch_tokens, bf16=bf16)
         if data is None:
             print(headline)
@@ -101,7 +100,7 @@ def recall_command(
     test_every: Annotated[int, typer.Option(help="Steps from a score to the next; above 0.99 a model is done.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Decides weights and examples.")] = 1,
     csv: Annotated[Path | None, typer.Option(help="Keep results in this file; what it holds is not run.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Train on associative recall, and score.
 
@@ -115,15 +114,15 @@ def recall_command(
 
     recipe = Recipe(steps=steps, batch=batch, examples=examples, tests=tests, test_every=test_every, vocab_size=vocab,
                     seed=seed)
-    tasks = [_whole("--grid", part.replace(":", ",")) for part in grid.split(",")]
+    tasks = [whole("--grid", part.replace(":", ",")) for part in grid.split(",")]
     if wrong := [task for task in tasks if len(task) != 2]:
         raise ZooError(f"--grid: {wrong[0]} is not allowed: tokens:pairs with commas between, 64:4,128:8")
     if csv is not None and not csv.parent.is_dir():  # before anything is trained
         raise ZooError(f"cannot write {csv}: no such folder")
     results = [] if csv is None else read_csv(csv)
     known = len(results)
-    for result in trained(models.split(",") if models else list_mixers(), [(task[0], task[1]) for task in tasks],
-                          _whole("--widths", widths), _numbers("--rates", rates), recipe, find_device(device), results):
+    for result in trained(listed(models) or list_mixers(), [(task[0], task[1]) for task in tasks],
+                          whole("--widths", widths), _numbers("--rates", rates), recipe, find_device(device), results):
         results.append(result)
         print(f"{result.model} {result.seq_len}:{result.pairs} width {result.width} at {result.lr:g}: "
               f"{result.accuracy:.3f} after {result.steps} steps, {result.seconds:.0f} s", flush=True)
@@ -131,7 +130,7 @@ def recall_command(
             write_csv(csv, results)
     if known:
         print(f"{known} results were in {csv}")
-    _console().print(_recalled(best(results)))
+    console().print(_recalled(best(results)))
 
 
 def _recalled(results: list[Result]) -> object:
@@ -161,7 +160,7 @@ def _read(loaded: PretrainedModel, data: str, path: str | None, split: str, cach
 
     from zoo.evaluation import open_excerpt, read
 
-    with Progress(console=_console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    with Progress(console=console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(data, total=None)
         excerpt = open_excerpt(data, loaded.tokenizer, path=path, split=split, cache=cache, limit=tokens,
                                progress=lambda done, total: bar.update(task, completed=done, total=total))
@@ -196,18 +195,3 @@ def _by_position(readings: list[Reading]) -> object:
         means = [dict(zip(reading.found.upto, reading.found.nats, strict=True)).get(edge) for reading in readings]
         table.add_row(f"{edge:,}", *("" if mean is None else f"{mean:.4f}" for mean in means))
     return table
-
-
-def _whole(option: str, text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")] if text else []
-    if wrong := [part for part in parts if not part.isdecimal()]:
-        raise ZooError(f"{option}: {wrong[0]!r} is not allowed: whole numbers with commas between")
-    return [int(part) for part in parts]
-
-
-def _console(*, stderr: bool = False) -> Console:
-    """A terminal as wide as it is; files and pipes get lines long enough for any table."""
-    from rich.console import Console
-
-    stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else 160, highlight=False)

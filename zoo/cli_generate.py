@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from zoo.cli_values import Device, read_bytes
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def generate(
     interactive: Annotated[bool, typer.Option("--interactive", help="Continue each line that is typed.")] = False,
     dtype: Annotated[str, typer.Option(help="Of the weights' matrices: float32, or bfloat16 or float16, which a GPU "
                                             "reads sooner.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Continue prompts, writing while the model does. Without a prompt it begins a document of its own.
 
@@ -148,8 +149,6 @@ def _read_line(terminal: bool) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode()
-    except OSError as error:
-        raise ZooError(f"cannot read {path}: {error.strerror}") from None
+        return read_bytes(path).decode()
     except UnicodeDecodeError as error:
         raise ZooError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}") from None

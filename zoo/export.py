@@ -17,7 +17,7 @@ from zoo.evaluate import evaluate
 from zoo.files import replace
 from zoo.model import LanguageModel
 from zoo.pretrained import NAME, load_pretrained, read_json, save_pretrained
-from zoo.report.runs import shown_command
+from zoo.revision import shown_command
 from zoo.tokenizers import ByteTokenizer, Tokenizer
 from zoo.training import checkpoint as files
 from zoo.training.config import recipe

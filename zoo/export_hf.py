@@ -12,7 +12,7 @@ from zoo.errors import choose
 from zoo.hf.folder import save_hf
 from zoo.hf.hub import parse, push_to_hub
 from zoo.pretrained import DTYPES, find_saved, load_pretrained, read_config
-from zoo.report.runs import shown_command
+from zoo.revision import shown_command
 
 
 def export_hf(source: str | Path, out: str | Path, *, which: str = "last", dtype: torch.dtype | None = None,

@@ -1,9 +1,11 @@
-"""Which commit of the project this code is of."""
+"""Where a figure comes from: which commit of the project this code is of, and a command that may be shown."""
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 # `git archive` writes the commit here (.gitattributes), by which a source archive is known.
 ARCHIVED = "$Format:%H$"
@@ -27,3 +29,11 @@ def source_commit(digits: int = 40) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return commit[:digits] + ("+changes" if changes else "")
+
+
+def shown_command(command: str) -> str:
+    """A command line without the places of the machine it ran on: of an absolute path the last part is kept."""
+    def shown(part: str) -> str:
+        return f".../{PurePosixPath(part).name}" if part.startswith("/") else part
+
+    return shlex.join("".join(map(shown, re.split(r"([=,\[\]'\"])", word))) for word in shlex.split(command))

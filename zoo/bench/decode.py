@@ -6,8 +6,6 @@ and a step is a CUDA graph, as `zoo.generate` has it of such a model; on a CPU a
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +13,7 @@ import torch
 from rich.table import Table
 
 from zoo.bench.decode_peers import VOCABULARY, Llama, PlainSteps
+from zoo.bench.table import joined
 from zoo.bench.timing import Timing, interleave
 from zoo.contract import State
 from zoo.decoding import Recorded, narrowed
@@ -242,28 +241,14 @@ def _too_large(batch: int, context: int) -> str:
 
 
 def to_csv(rows: Sequence[Row], before: str = "") -> str:
-    """The rows as a CSV text of `COLUMNS`; a figure that could not be measured is an empty field.
-
-    before: such a text, whose rows come first but where one of `rows` is of the same `KEY`. Raises ZooError for a text
-    of another kind.
-    """
-    try:
-        head, *old = list(csv.reader(before.splitlines())) or [list(COLUMNS)]
-    except csv.Error:
-        head, old = [], []
-    if tuple(head) != COLUMNS or any(len(line) != len(COLUMNS) for line in old):
-        raise ZooError(f"rows cannot be added to this file: allowed is a table of {', '.join(COLUMNS)}")
-    lines = {tuple(line[:KEY]): line for line in old}
-    for row in rows:
+    """The rows as a CSV text of `COLUMNS`, joined to `before`; a field is empty where nothing could be measured."""
+    def line(row: Row) -> list[str]:
         figures = row.tokens_per_s, row.ms_per_token, row.gbytes_per_s, row.state_bytes, row.peak_mib
-        line = [row.model, row.impl, row.size, str(row.batch), str(row.context),
+        return [row.model, row.impl, row.size, str(row.batch), str(row.context),
                 *("" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}"
                   for value in figures)]
-        lines.pop(tuple(line[:KEY]), None)
-        lines[tuple(line[:KEY])] = line
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([COLUMNS, *lines.values()])
-    return out.getvalue()
+
+    return joined(COLUMNS, KEY, map(line, rows), before)
 
 
 def table(rows: Sequence[Row], device: torch.device, bandwidth: float | None) -> Table:

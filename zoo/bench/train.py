@@ -7,8 +7,6 @@ ones, which stay as they are on a text, as a kernel's time may depend on what ha
 
 from __future__ import annotations
 
-import csv
-import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from zoo.bench import train_peers
+from zoo.bench.table import joined
 from zoo.bench.timing import interleave, synchronize
 from zoo.errors import ZooError, choose
 from zoo.mixers import list_mixers
@@ -30,8 +29,8 @@ from zoo.training.compiling import compiled_loss
 from zoo.training.hardware import device_name, peak_flops
 
 WEIGHTS = "fresh", "published"
-KEY = ("model", "impl", "size", "T", "batch_tokens")  # what a row is of
-COLUMNS = (*KEY, "tokens_per_s", "mfu", "peak_mib", "first_step_s")
+COLUMNS = ("model", "impl", "size", "T", "batch_tokens", "tokens_per_s", "mfu", "peak_mib", "first_step_s")
+KEY = 5  # of them say which row it is
 
 
 @dataclass(frozen=True)
@@ -220,27 +219,13 @@ def bench_train(models: Sequence[str] | None = None, *, device: torch.device, si
 
 
 def to_csv(rows: Sequence[Row], before: str = "") -> str:
-    """The rows as a CSV text of `COLUMNS`; a figure that could not be measured is an empty field.
-
-    before: such a text, whose rows come first but where one of `rows` is of the same `KEY`. Raises ZooError for a text
-    of another kind.
-    """
-    try:
-        head, *old = list(csv.reader(before.splitlines())) or [list(COLUMNS)]
-    except csv.Error:
-        head, old = [], []
-    if tuple(head) != COLUMNS or any(len(line) != len(COLUMNS) for line in old):
-        raise ZooError(f"rows cannot be added to this file: allowed is a table of {', '.join(COLUMNS)}")
-    lines = {tuple(line[: len(KEY)]): line for line in old}
-    for row in rows:
-        line = [row.model, row.impl, row.size, str(row.seq_len), str(row.batch_tokens), f"{row.tokens_per_s:.0f}",
+    """The rows as a CSV text of `COLUMNS`, joined to `before`; a field is empty where nothing could be measured."""
+    def line(row: Row) -> list[str]:
+        return [row.model, row.impl, row.size, str(row.seq_len), str(row.batch_tokens), f"{row.tokens_per_s:.0f}",
                 *("" if value is None else f"{value:.4g}" for value in (row.mfu, row.peak_mib)),
                 f"{row.first_step_s:.3f}"]
-        lines.pop(tuple(line[: len(KEY)]), None)
-        lines[tuple(line[: len(KEY)])] = line
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([COLUMNS, *lines.values()])
-    return out.getvalue()
+
+    return joined(COLUMNS, KEY, map(line, rows), before)
 
 
 def table(rows: Sequence[Row], device: torch.device) -> Table:

@@ -147,6 +147,17 @@ def linear_kernel(p_x, p_w, p_gate, p_out, p_from, p_to, p_position, B, N, K, st
     tl.store(p_out + o_b[:, None] * N + o_n[None, :], b_out, mask=m)
 
 
+@triton.jit
+def leave(p_o, p_m, p_l, part, b_o, b_m, b_l, o_k, m_k, K: tl.constexpr, WHOLE: tl.constexpr):
+    """A part of an attention for `merge_linear`: sum o, maximum m, normaliser l; the mean itself where it is WHOLE."""
+    if WHOLE:
+        b_o = b_o / b_l
+    else:
+        tl.store(p_m + part, b_m)
+        tl.store(p_l + part, b_l)
+    tl.store(p_o + part * K + o_k, b_o, mask=m_k)
+
+
 @triton.jit(do_not_specialize=["S"])
 def merge_linear_kernel(p_o, p_m, p_l, p_w, p_out, p_position, N, S, stride_n, H: tl.constexpr, K: tl.constexpr,
                         BN: tl.constexpr, BS: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,

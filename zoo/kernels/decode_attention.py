@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._common import LOG2E, cdiv, power_of_two
-from zoo.kernels.decode import early, ready
+from zoo.kernels.decode import early, leave, ready
 
 BT = 64  # cache entries at a time
 STAGES = 3  # of them under way
@@ -128,12 +128,7 @@ def attention_kernel(p_qkv, p_frequency, p_k, p_v, p_k_own, p_v_own, p_position,
         b_m, b_l, b_o = attend(b_m, b_l, b_o, b_score, b_t)
 
     part = (i_b * S + i_s) * H + i_h
-    if WHOLE:
-        b_o = b_o / b_l
-    else:
-        tl.store(p_m + part, b_m)
-        tl.store(p_l + part, b_l)
-    tl.store(p_o + part * K + o_k, b_o, mask=m_k)
+    leave(p_o, p_m, p_l, part, b_o, b_m, b_l, o_k, m_k, K, WHOLE)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels._common import LOG2E, cdiv, power_of_two
-from zoo.kernels.decode import early, ready
+from zoo.kernels.decode import early, leave, ready
 
 PROGRAMS = 132
 FEATURES = 16  # of a head, at a time
@@ -82,12 +82,7 @@ def favor_kernel(p_qkv, p_projection, p_frequency, p_decay, p_sums, p_position, 
         b_o = b_o * b_old + tl.sum(b_p[:, None] * b_s, 0)
         b_m = b_new
     part = (i_b * S + i_s) * H + i_h
-    if WHOLE:
-        b_o = b_o / b_l
-    else:
-        tl.store(p_m + part, b_m)
-        tl.store(p_l + part, b_l)
-    tl.store(p_o + part * K + o_v, b_o, mask=m_v)
+    leave(p_o, p_m, p_l, part, b_o, b_m, b_l, o_v, m_v, K, WHOLE)
 
 
 @triton.jit

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-import re
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from zoo.errors import ZooError
 from zoo.model import ModelConfig
 from zoo.pretrained import read_json
+from zoo.revision import shown_command
 from zoo.training.config import Config
 from zoo.training.metrics import read_rows
 
@@ -184,11 +183,3 @@ def read_curve(folder: Path) -> list[Point]:
         except ValueError:  # most rows have no validation
             continue
     return [point for point in points if math.isfinite(point.bits)]
-
-
-def shown_command(command: str) -> str:
-    """A command line without the places of the machine it ran on: of an absolute path the last part is kept."""
-    def shown(part: str) -> str:
-        return f".../{PurePosixPath(part).name}" if part.startswith("/") else part
-
-    return shlex.join("".join(map(shown, re.split(r"([=,\[\]'\"])", word))) for word in shlex.split(command))
